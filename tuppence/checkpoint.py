@@ -1,0 +1,244 @@
+"""Checkpoints: complete or absent, verified by hash, nothing in them that can execute.
+
+    checkpoints/step_00001000/  model.safetensors optimizer.safetensors state.json checkpoint.json
+    checkpoints/last.json best.json      {"step", "path", "sha256"}
+
+A checkpoint is written into a folder aside, flushed, and renamed: its name is its completeness.
+checkpoint.json holds the sha256 of the other files; a pointer holds the sha256 of the weights.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuppence import config
+from tuppence.errors import Fault, UserError
+from tuppence.folder import RunFolder, write_text
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is: everything besides tensors that the next step depends on."""
+
+    step: int
+    tokens: int
+    tokens_sha: str
+    progress: float
+    finished: bool
+    bad_steps: int
+    best_step: int | None
+    best_val_loss: float | None
+    attempt: int
+    saved_at: float
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """One checkpoint, named by what it is for (`last`, `best`)."""
+
+    step: int
+    path: str
+    sha256: str
+
+
+def save(
+    folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: State
+) -> Pointer:
+    """Write a checkpoint and point `last` at it.
+
+    Raises Fault, leaving every earlier checkpoint as it was, when the disk is full or read-only.
+    """
+    name = f"step_{state.step:08d}"
+    final = folder.checkpoints / name
+    aside = folder.checkpoints / f".{name}.{os.getpid()}"
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        sha256 = _write(aside, model, optimizer, state)
+        if final.exists():  # a resumed run reached this step again
+            os.replace(final, folder.checkpoints / f".{name}.replaced")
+        os.replace(aside, final)
+        _flush_folder(folder.checkpoints)
+    except (OSError, RuntimeError) as error:  # safetensors raises its own RuntimeError subclass
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError) and "I/O" not in str(error) and "Io" not in str(error):
+            raise
+        raise Fault(_cannot_save(folder, state.step, error)) from error
+    pointer = Pointer(state.step, name, sha256)
+    point(folder, "last", pointer)
+    return pointer
+
+
+def point(folder: RunFolder, name: str, pointer: Pointer) -> None:
+    """Replace a pointer file."""
+    write_text(folder.checkpoints / f"{name}.json", json.dumps(asdict(pointer)) + "\n")
+
+
+def pointer(folder: RunFolder, name: str) -> Pointer | None:
+    """What `last` or `best` points at, or None where it was never set."""
+    path = folder.checkpoints / f"{name}.json"
+    return config.from_json(Pointer, path.read_text()) if path.exists() else None
+
+
+def complete(folder: RunFolder) -> list[Path]:
+    """Every complete checkpoint, oldest first."""
+    return sorted(folder.checkpoints.glob("step_*"))
+
+
+def retain(folder: RunFolder, *, keep_last: int) -> None:
+    """Delete all but the newest few and whatever is pointed at, and leftovers of killed saves."""
+    kept = {p.path for p in (pointer(folder, "last"), pointer(folder, "best")) if p}
+    for path in complete(folder)[:-keep_last]:
+        if path.name not in kept:
+            shutil.rmtree(path)
+    for path in folder.checkpoints.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def choose(folder: RunFolder, which: str) -> Path:
+    """The checkpoint that a person means: best, last, or a step. Raises UserError."""
+    there = complete(folder)
+    steps = ", ".join(str(int(p.name[5:])) for p in there) or "none"
+    if which in ("best", "last"):
+        found = pointer(folder, which)
+        if found is None:
+            raise UserError(f"{folder.path} has no {which} checkpoint yet; steps saved: {steps}")
+        return folder.checkpoints / found.path
+    path = folder.checkpoints / f"step_{int(which):08d}" if which.isdigit() else Path("?")
+    if path not in there:
+        raise UserError(f"--checkpoint {which}: write best, last or one of the steps {steps}")
+    return path
+
+
+def load_newest(
+    folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> State | None:
+    """Load the newest checkpoint that verifies; None where there is none at all.
+
+    A damaged one is passed over with an event. Raises Fault where all are damaged.
+    """
+    there = complete(folder)
+    for path in reversed(there):
+        try:
+            return load(path, model, optimizer)
+        except Fault as error:
+            folder.event("checkpoint_damaged", str(error), path=path.name)
+    if there:
+        raise Fault(
+            f"all {len(there)} checkpoints of {folder.path} are damaged (events.jsonl says how); "
+            f"restore one from a copy, or start over with --fresh"
+        )
+    return None
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+    """Verify a checkpoint's hashes and load it. Raises Fault naming the damaged file."""
+    verify(path)
+    tensors = load_file(path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
+        raise Fault(f"{path} is of another model: {odd[0]} stands in only one of the two")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    if optimizer is not None:
+        _load_optimizer(path, model, optimizer)
+    return config.from_json(State, (path / "state.json").read_text())
+
+
+def verify(path: Path) -> None:
+    """Compare every file with its hash."""
+    manifest = path / "checkpoint.json"
+    try:
+        hashes: dict[str, str] = json.loads(manifest.read_text())["sha256"]
+    except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        raise Fault(
+            f"checkpoint {path} is damaged: checkpoint.json is missing or not readable"
+        ) from None
+    for name, expected in hashes.items():
+        if not (path / name).exists():
+            raise Fault(f"checkpoint {path} is damaged: {name} is missing")
+        if file_sha256(path / name) != expected:
+            raise Fault(
+                f"checkpoint {path} is damaged: {name} does not match its sha256; "
+                f"use another checkpoint (--checkpoint) or resume the run from an older one"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _write(aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> str:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    save_file(tensors, aside / "model.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(config.to_json(state))
+    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    for name in names:
+        _flush(aside / name)
+    hashes = {name: file_sha256(aside / name) for name in names}
+    write_text(aside / "checkpoint.json", json.dumps({"version": 1, "sha256": hashes}) + "\n")
+    _flush_folder(aside)
+    return hashes["model.safetensors"]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`{"<parameter>.<moment>": tensor}`; names, not positions, so that any order can load it."""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = load_file(path / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition(".")
+        parameter = parameters[name]
+        on = torch.device("cpu") if key == "step" and not _fused(optimizer) else parameter.device
+        optimizer.state[parameter][key] = tensor.to(on)
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))
+
+
+def _cannot_save(folder: RunFolder, step: int, error: Exception) -> str:
+    there = complete(folder)
+    kept = f"the last good one is step {int(there[-1].name[5:])}" if there else "none was saved yet"
+    free = shutil.disk_usage(folder.path).free / 2**20
+    reason = getattr(error, "strerror", None) or str(error)
+    return (
+        f"cannot save step {step} in {folder.checkpoints}: {reason} ({free:.0f} MiB free); "
+        f"{kept}: make room or give write access, then run the same command to continue"
+    )
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,149 @@
+"""The command line: reads the words, calls the verb, turns errors into one line and an exit code.
+
+    0 done    1 a fault    2 the input was wrong    3 does not fit the budget or the machine
+    128 + n   stopped by signal n, after saving
+
+Nothing here imports torch; verbs.py does, in the verbs that need it.
+"""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tuppence import __version__
+from tuppence.errors import DoesNotFit, Fault, UserError
+
+RECIPE_VERBS = {
+    "run": ("plan, prepare, train, evaluate, sample, receipt: the main job", "budget.usd=0.05"),
+    "plan": ("what it will cost, take, need and reach, before anything is spent", "budget.hours=2"),
+    "prepare": ("text to token shards", "data.source='books/*.jsonl.xz' data.tokenizer=gpt2"),
+    "train": ("training alone; resumes by itself", "budget.steps=500"),
+}
+RUN_VERBS = {
+    "eval": ("loss and bits per byte of a checkpoint on the whole val split", "--checkpoint best"),
+    "sample": ("let the trained model continue a prompt", '"ROMEO:" --tokens 300'),
+    "receipt": ("what was promised against what was paid", ""),
+}
+PLAIN_VERBS = {
+    "recipes": "the recipes there are, with what each one asks",
+    "runs": "the runs in the runs folder",
+    "calibrate": "measure this machine: matmul ceiling, bandwidth, disk",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser().parse_args(words)
+        from tuppence import verbs
+
+        document = verbs.VERBS[args.verb](args)
+        if args.json:
+            print(json.dumps(document, indent=2, allow_nan=False))
+        return 0
+    except (UserError, DoesNotFit, Fault) as error:
+        return _fail(words, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(words, "interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        return _fail(words, _disk_message(error), 1)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # train's Interrupted, which needs torch to import
+            raise
+        return _fail(words, str(error), error.exit_code)
+
+
+def _disk_message(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    return (
+        f"cannot write{where}: {error.strerror}; make room or give write access, then run the same "
+        f"command to continue from the last checkpoint"
+    )
+
+
+def _fail(words: list[str], message: str, code: int) -> int:
+    """One line on stderr; with --json the same as the one document on stdout."""
+    sys.stderr.write(f"tuppence: {message}\n")
+    if "--json" in words:
+        print(json.dumps({"error": {"exit_code": code, "message": message}}))
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors: one line, with the near word where there is one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tuppence",
+        description="Train GPTs to a budget: say what you will spend, get the model and a receipt.",
+        epilog="example: tuppence run shakespeare budget.usd=0.02",
+    )
+    parser.add_argument("--version", action="version", version=f"tuppence {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for verb, (text, example) in RECIPE_VERBS.items():
+        _recipe_verb(verbs, verb, text, example)
+    for verb, (text, example) in RUN_VERBS.items():
+        _run_verb(verbs, verb, text, example)
+    for verb, text in PLAIN_VERBS.items():
+        sub = verbs.add_parser(
+            verb, help=text, description=text, epilog=f"example: tuppence {verb}"
+        )
+        _common(sub)
+        if verb == "calibrate":
+            sub.add_argument("--threads", type=int, help="CPU threads to measure with")
+            sub.add_argument("--device", choices=["cpu", "cuda"], help="what to measure")
+    return parser
+
+
+def _common(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    sub.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are (runs)")
+    sub.add_argument("--data", default="data", metavar="DIR", help="where shards are (data)")
+
+
+def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
+    sub = verbs.add_parser(
+        verb, help=text, description=text, epilog=f"example: tuppence {verb} shakespeare {example}"
+    )
+    sub.add_argument(
+        "words",
+        nargs="*",
+        metavar="[RECIPE] key=value",
+        help="a recipe's name or file.py:function (default shakespeare), then overrides",
+    )
+    _common(sub)
+    if verb != "plan":
+        sub.add_argument(
+            "--fresh", action="store_true", help="start over; what is there is kept aside"
+        )
+    if verb in ("run", "plan", "train"):
+        sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")
+
+
+def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
+    sub = verbs.add_parser(
+        verb, help=text, description=text, epilog=f"example: tuppence {verb} shakespeare {example}"
+    )
+    sub.add_argument("run", metavar="RUN", help="a run's name, or the path of its folder")
+    _common(sub)
+    if verb == "receipt":
+        return
+    sub.add_argument("--checkpoint", default="best", help="best (default), last or a step")
+    if verb == "eval":
+        sub.add_argument("--tasks", default="bpb", help="bpb, the one there is so far")
+        return
+    sub.add_argument("prompt", nargs="?", default="\n", help="text to continue")
+    sub.add_argument("--tokens", type=int, default=300, help="how many to generate (300)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    sub.add_argument("--top-k", type=int, default=200, help="draw from this many tokens (200)")
+    sub.add_argument("--seed", type=int, default=1337, help="the same seed, the same text (1337)")

@@ -1,0 +1,124 @@
+"""What a model is worth: loss and bits per byte on the pinned val split, and samples to read.
+
+    bits per byte = sum of nats / (ln 2 x UTF-8 bytes of the tokens predicted)
+
+Loss is per token and depends on the tokenizer; bits per byte do not.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`tokens` were predicted of `of_tokens` that were meant to be."""
+
+    loss: float
+    bpb: float | None
+    tokens: int
+    of_tokens: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    of_tokens: int,
+    token_bytes: np.ndarray,
+    device: str,
+    autocast: Callable[[], AbstractContextManager[None]],
+    deadline: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
+) -> Evaluation | None:
+    """Mean loss in nats per token over (inputs, targets) windows, targets of -1 not counted.
+
+    Windows come in a fixed pseudo-random order, so that an evaluation which `deadline`
+    (time.monotonic seconds) cuts short is an unbiased sample. `tick` is called between batches.
+    None where not even one batch was affordable.
+    """
+    started = time.monotonic()
+    nats, tokens, text_bytes, longest = 0.0, 0, 0, 0.0
+    training = model.training
+    model.eval()
+    for inputs, targets in windows:
+        before = time.monotonic()
+        if before + longest > deadline:
+            break
+        with autocast():
+            loss = model(_tensor(inputs, device), _tensor(targets, device), reduction="sum")
+        nats += loss.item()
+        predicted = targets[targets >= 0]
+        tokens += predicted.size
+        text_bytes += int(token_bytes[predicted].sum())
+        longest = max(longest, time.monotonic() - before)
+        tick()
+    model.train(training)
+    if not tokens:
+        return None
+    bpb = nats / math.log(2) / text_bytes if text_bytes else None
+    return Evaluation(nats / tokens, bpb, tokens, of_tokens, time.monotonic() - started)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: list[int],
+    *,
+    new_tokens: int,
+    context: int,
+    device: str,
+    autocast: Callable[[], AbstractContextManager[None]],
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    seed: int = 0,
+    stop: int | None = None,
+    vocab_size: int | None = None,
+    deadline: float = math.inf,
+) -> list[int]:
+    """Continue a prompt token by token, recomputing the whole context each time.
+
+    The naive generator that faster engines are tested against. Temperature 0 is greedy. Ends early
+    at the token `stop` or at the deadline. `vocab_size` keeps padded vocabulary out.
+    """
+    assert prompt, "a prompt has at least one token"
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    training = model.training
+    model.eval()
+    for _ in range(new_tokens):
+        if time.monotonic() > deadline:
+            break
+        window = torch.tensor([ids[-context:]], device=device)
+        with autocast():
+            logits = model(window)[0, -1, :vocab_size].float().cpu()
+        token = sample_token(logits, temperature=temperature, top_k=top_k, generator=generator)
+        if token == stop:
+            break
+        ids.append(token)
+    model.train(training)
+    return ids
+
+
+def sample_token(
+    logits_V: Tensor, *, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """Draw from softmax(logits / temperature) over the top_k tokens."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / temperature
+    if top_k is not None and top_k < logits_V.numel():
+        logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -math.inf
+    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
+
+
+def _tensor(array: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

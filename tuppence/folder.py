@@ -1,0 +1,195 @@
+"""The run folder: the one thing that parts share, and how it is written so that a kill loses nothing.
+
+    runs/NAME/  run.json plan.json argv.txt env.json  ledger.jsonl metrics.jsonl evals.jsonl
+                events.jsonl samples.jsonl  checkpoints/  tokenizer/  receipt.{json,md,html}
+
+Two rules. A JSON document is written aside and renamed, so that it is the old one or the new one.
+A JSON line is appended with its newline in one write; a torn last line (a kill inside the write)
+is no line: readers pass over it and the next attempt cuts it off.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuppence import config
+from tuppence.config import Plan, Run
+from tuppence.errors import Fault, UserError
+
+LINES = ("ledger", "metrics", "evals", "events", "samples")
+
+
+class RunFolder:
+    """Paths and file habits of one run; holds no state but open line files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: dict[str, BinaryIO] = {}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def exists(self) -> bool:
+        return self.file("run.json").exists()
+
+    def run(self) -> Run:
+        """What was asked. Raises UserError where this is not a run folder."""
+        if not self.exists():
+            raise UserError(
+                f"{self.path} is not a run folder (no run.json); `tuppence runs` lists them"
+            )
+        return config.from_json(Run, self.file("run.json").read_text())
+
+    def plan(self) -> Plan:
+        """What was solved. Raises UserError where the run was not planned yet."""
+        if not self.file("plan.json").exists():
+            raise UserError(f"{self.path} has no plan.json yet; train it first")
+        return config.from_json(Plan, self.file("plan.json").read_text())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON document as a whole."""
+        write_text(self.file(name), json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """A JSON document, or None where there is none."""
+        path = self.file(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Append one line to ledger, metrics, evals, events or samples."""
+        assert name in LINES, name
+        if name not in self._open:
+            self._open[name] = _open_for_append(self.file(f"{name}.jsonl"))
+        # one write of one whole line: a kill leaves it complete, absent or torn at the very end
+        self._open[name].write(json.dumps(row, default=_finite).encode() + b"\n")
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The complete lines of a file, oldest first."""
+        path = self.file(f"{name}.jsonl")
+        if not path.exists():
+            return
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError:
+                        raise Fault(f"{path} line {number} is damaged: not JSON") from None
+
+    def latest(self, name: str, key: str = "step") -> list[dict[str, Any]]:
+        """The last row of each step, in the order of steps (a resumed run repeats some)."""
+        by_key = {row[key]: row for row in self.rows(name)}
+        return [by_key[k] for k in sorted(by_key)]
+
+    def write_beat(self, row: dict[str, Any]) -> None:
+        """Replace heartbeat.json; not flushed to disk, since it guards against kills, not crashes."""
+        aside = self.file(".heartbeat")
+        aside.write_text(json.dumps(row))
+        os.replace(aside, self.file("heartbeat.json"))
+
+    def event(self, code: str, message: str, **details: Any) -> None:
+        """Record something that happened, with a stable code."""
+        self.append("events", {"time": time.time(), "code": code, "message": message, **details})
+
+    def close(self) -> None:
+        for handle in self._open.values():
+            handle.close()
+        self._open.clear()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename: the old document or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _open_for_append(path: Path) -> BinaryIO:
+    """Open unbuffered at the end of the last complete line."""
+    handle = path.open("ab+", buffering=0)
+    end = handle.seek(0, os.SEEK_END)
+    back = min(end, 1 << 20)
+    handle.seek(end - back)
+    torn = len(handle.read(back).rpartition(b"\n")[2])
+    if torn:
+        handle.truncate(end - torn)
+    return handle  # type: ignore[return-value]
+
+
+def _finite(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} in a run folder's line")
+
+
+class RunLock:
+    """One process at a time may write a run folder; the lock vanishes with its process."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.file(".lock")
+        self.handle: BinaryIO | None = None
+
+    def __enter__(self) -> "RunLock":
+        self.handle = self.path.open("ab+")
+        if not _lock(self.handle):
+            self.handle.seek(0)
+            holder = self.handle.read().decode() or "unknown"
+            raise UserError(
+                f"{self.path.parent} is being written by process {holder}; wait or stop it"
+            )
+        self.handle.truncate(0)
+        self.handle.write(str(os.getpid()).encode())
+        self.handle.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle:
+            self.handle.close()
+
+
+def _lock(handle: BinaryIO) -> bool:
+    """Take an advisory lock without waiting; the system drops it when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def find(name: str, root: Path) -> RunFolder:
+    """The run folder that a person means by `name`: a path to one, or a name under `root`.
+
+    Raises UserError, listing what is there.
+    """
+    for path in (Path(name), root / name):
+        if (path / "run.json").exists():
+            return RunFolder(path)
+    there = sorted(p.parent.name for p in root.glob("*/run.json"))
+    close = config.nearest(name, there) if there else f"; {root}/ holds no runs yet"
+    raise UserError(f"no run {name!r}{close}")

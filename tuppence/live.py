@@ -1,0 +1,56 @@
+"""What a person watching sees: one line that renews itself, or plain lines where none can."""
+
+import shutil
+import sys
+import time
+
+PLAIN_SECONDS = 10.0
+LIVE_SECONDS = 0.2
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 42s, 3m05s, 2h10m, 4d03h."""
+    total = int(round(seconds))
+    for unit, name, below, lower in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if total >= unit:
+            return f"{total // unit}{name}{total % unit // below:02d}{lower}"
+    return f"{total}s"
+
+
+class Live:
+    """Progress on stderr; on a terminal in place, elsewhere a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self._shown = 0.0
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Renew the line, if it is time."""
+        now = time.monotonic()
+        if now - self._shown < (LIVE_SECONDS if self.terminal else PLAIN_SECONDS):
+            return
+        self._shown = now
+        if not self.terminal:
+            sys.stderr.write(text + "\n")
+            return
+        text = text[: shutil.get_terminal_size().columns - 1]
+        sys.stderr.write("\r" + text.ljust(self._width))
+        sys.stderr.flush()
+        self._width = len(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take the renewing line away."""
+        if self.terminal and self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            self._width = 0

@@ -1,0 +1,129 @@
+"""GPT-2 as published (Radford et al. 2019): a decoder in one sitting.
+
+- learned positions, added to the token embedding
+- pre-norm blocks: x + attn(norm(x)), x + mlp(norm(x)); LayerNorm with or without bias
+- tanh-approximated GELU, hidden width 4 x n_embd
+- head tied to the token embedding, or its own
+- dropout after the embedding, on the attention's probabilities, and on both residual branches
+- normal(0, 0.02) weights, residual projections divided by sqrt(2 n_layer)
+
+Names are those of the published checkpoint. Shapes: B sequences, T positions, D = n_embd,
+H heads, K = D / H, V tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tuppence.config import ModelPlan
+from tuppence.model.layers import Dropout, causal_mask, matmul_attention, sdpa
+
+
+class Attention(nn.Module):
+    """Causal self-attention with packed query, key and value."""
+
+    def __init__(self, plan: ModelPlan, how: str) -> None:
+        super().__init__()
+        self.n_head, self.how = plan.n_head, how
+        self.c_attn = nn.Linear(plan.n_embd, 3 * plan.n_embd, bias=plan.bias)
+        self.c_proj = nn.Linear(plan.n_embd, plan.n_embd, bias=plan.bias)
+
+    def forward(self, x_BTD: Tensor, mask_TT: Tensor, dropout: Dropout) -> Tensor:
+        B, T, D = x_BTD.shape
+        packed = self.c_attn(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        if self.how == "matmul" or dropout.rate > 0:
+            y_BHTK = matmul_attention(q, k, v, mask_TT, dropout)
+        else:
+            y_BHTK = sdpa(q, k, v)
+        return dropout(self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D)))
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between."""
+
+    def __init__(self, plan: ModelPlan) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(plan.n_embd, 4 * plan.n_embd, bias=plan.bias)
+        self.c_proj = nn.Linear(4 * plan.n_embd, plan.n_embd, bias=plan.bias)
+
+    def forward(self, x_BTD: Tensor, dropout: Dropout) -> Tensor:
+        return dropout(self.c_proj(F.gelu(self.c_fc(x_BTD), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, plan: ModelPlan, how: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(plan.n_embd, bias=plan.bias)
+        self.attn = Attention(plan, how)
+        self.ln_2 = nn.LayerNorm(plan.n_embd, bias=plan.bias)
+        self.mlp = MLP(plan)
+
+    def forward(self, x_BTD: Tensor, mask_TT: Tensor, dropout: Dropout) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TT, dropout)
+        return x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
+
+
+class GPT2(nn.Module):
+    """The whole model. `attention` is "sdpa" or "matmul" (model/layers.py says when)."""
+
+    mask: Tensor
+
+    def __init__(self, plan: ModelPlan, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.plan = plan
+        self.wte = nn.Embedding(plan.vocab_size, plan.n_embd)
+        self.wpe = nn.Embedding(plan.sequence_len, plan.n_embd)
+        self.h = nn.ModuleList(Block(plan, attention) for _ in range(plan.n_layer))
+        self.ln_f = nn.LayerNorm(plan.n_embd, bias=plan.bias)
+        self.lm_head = nn.Linear(plan.n_embd, plan.vocab_size, bias=False)
+        if plan.tied_head:
+            self.lm_head.weight = self.wte.weight
+        self.register_buffer("mask", causal_mask(plan.sequence_len), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter, as a function of the seed alone (drawn on the CPU, in order)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = 0.02 / math.sqrt(2 * self.plan.n_layer) if "c_proj" in name else 0.02
+            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once: matrices and embeddings decay, norms and biases do not."""
+        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+        for p in self.parameters():
+            groups["decay" if p.dim() >= 2 else "no_decay"].append(p)
+        return groups
+
+    def forward(
+        self,
+        idx_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        key_B: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits [B, T, V], or with targets the cross-entropy in nats (targets of -1 ignored).
+
+        `key_B` turns dropout on (training); `reduction` is "mean" or "sum" over the targets.
+        """
+        T = idx_BT.shape[1]
+        assert T <= self.plan.sequence_len, f"{T} positions, the model has {self.plan.sequence_len}"
+        dropout = Dropout(self.plan.dropout if key_B is not None else 0.0, key_B)
+        x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[:T])
+        for block in self.h:
+            x_BTD = block(x_BTD, self.mask[:T, :T], dropout)
+        logits_BTV = self.lm_head(self.ln_f(x_BTD)).float()
+        if targets_BT is None:
+            return logits_BTV
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction=reduction
+        )

@@ -1,0 +1,122 @@
+"""A plan for reading, and as the document of `tuppence plan --json`."""
+
+import dataclasses
+from typing import Any
+
+from tuppence import config
+from tuppence.config import Interval, Plan, Run
+from tuppence.live import duration
+
+
+def between(interval: Interval, form: str = ",.0f", unit: str = "") -> str:
+    """`mid unit (low to high)`."""
+    low, mid, high = (format(v, form) for v in dataclasses.astuple(interval))
+    return f"{mid}{unit} ({low} to {high})"
+
+
+def limits(plan: Plan) -> str:
+    """The budget in words."""
+    units = {"usd": "${:g}", "hours": "{:g} h", "tokens": "{:,} tokens", "steps": "{:,} steps"}
+    asked = dataclasses.asdict(plan.budget)
+    return ", ".join(units[k].format(v) for k, v in asked.items() if v is not None)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a person reads it before paying; intervals are 80%."""
+    model, machine, step, told = plan.model, plan.machine, plan.step, plan.predicted
+    price = f"${machine.usd_per_hour:.2f}/h ({machine.price_source})"
+    loss = between(told.val_loss, ".3f") if told.val_loss else "not promised"
+    rows = [
+        ("plan", f"{plan.name}: spend {limits(plan)}"),
+        (
+            "model",
+            f"{model.family}, {model.n_layer} layers x {model.n_embd}, {model.n_head} heads, "
+            f"T={model.sequence_len}, vocabulary {model.vocab_size:,}: {model.params:,} parameters, "
+            f"{model.flops_per_token / 1e6:,.1f} MFLOP/token",
+        ),
+        (
+            "data",
+            f"{plan.data.source}, {plan.data.tokenizer} tokens: {plan.data.train_tokens:,} train, "
+            f"{plan.data.val_tokens:,} val{'' if plan.data.exact else ' (estimated)'}",
+        ),
+        ("machine", f"{machine.name}, {machine.threads} threads, {price}"),
+        (
+            "runs in",
+            f"{machine.precision} with {machine.attention} attention: {machine.precision_why}",
+        ),
+        (
+            "step",
+            f"{step.batch_tokens:,} tokens = {step.accumulation} x {step.micro_batch} sequences; "
+            f"{told.step_seconds.mid * 1e3:,.1f} ms",
+        ),
+        (
+            "speed",
+            f"{between(told.tokens_per_second)} tokens/s; MFU {told.mfu.mid:.0%} of "
+            f"{machine.peak_tflops:.2f} TFLOPS ({machine.peak_source})",
+        ),
+        (
+            "length",
+            f"{between(told.steps)} steps, {told.tokens.mid:,.0f} tokens, {told.epochs:.1f} epochs",
+        ),
+        ("time", f"{duration(told.hours.mid * 3600)}: " + _phases(told.phase_seconds)),
+        ("dollars", f"{between(told.usd, '.4f')}"),
+        (
+            "memory",
+            f"{between(told.peak_memory_gib, '.2f')} GiB; checkpoint {told.checkpoint_bytes / 1e6:.1f} MB",
+        ),
+        ("val loss", f"{loss} nats/token; {told.val_loss_source}"),
+    ]
+    text = "\n".join(f"{name:9s} {value}" for name, value in rows)
+    notes = "".join(f"\nwarning   {w.message} [{w.code}]" for w in plan.warnings)
+    return text + notes
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+
+
+def options_document(run: Run, plan: Plan) -> dict[str, Any]:
+    """The `--json` document: what was asked, the model, and one option for each machine."""
+    told, machine = plan.predicted, plan.machine
+    hourly = machine.usd_per_hour / 3600
+    phases = {name: seconds * hourly for name, seconds in told.phase_seconds.items()}
+    spread = {
+        name: [getattr(told, name).low, getattr(told, name).high]
+        for name in (
+            "tokens_per_second",
+            "mfu",
+            "steps",
+            "tokens",
+            "hours",
+            "usd",
+            "peak_memory_gib",
+        )
+    }
+    option = {
+        "cloud": "local",
+        "instance_type": machine.name,
+        "gpu": machine.name if machine.device == "cuda" else "cpu",
+        "gpu_count": 1 if machine.device == "cuda" else 0,
+        "spot": False,
+        "fits": True,
+        "micro_batch": plan.step.micro_batch,
+        "peak_memory_gib": told.peak_memory_gib.mid,
+        "tokens_per_second": told.tokens_per_second.mid,
+        "mfu": told.mfu.mid,
+        "train_hours": told.hours.mid,
+        "usd": {**phases, "total": sum(phases.values())},
+        "tokens": told.tokens.mid,
+        "loss": dataclasses.asdict(told.val_loss) if told.val_loss else None,
+        "loss_source": told.val_loss_source,
+        "intervals": spread,
+    }
+    model = plan.model
+    counts = {"params": model.params, "params_matmul": model.params_matmul}
+    return {
+        "run": config.asked(run),
+        "model": {**counts, "flops_per_token": model.flops_per_token},
+        "options": [option],
+        "chosen": 0,
+        "warnings": [dataclasses.asdict(w) for w in plan.warnings],
+        "plan": dataclasses.asdict(plan),
+    }

@@ -1,0 +1,256 @@
+"""The receipt: what was promised against what was paid. A pure reader of the run folder.
+
+plan.json (promised)  +  ledger, metrics, evals, events (paid)  ──▶  receipt.{json,md,html}
+"""
+
+import dataclasses
+import html
+import json
+from importlib import resources
+from typing import Any
+
+from tuppence.config import Interval, Plan
+from tuppence.errors import UserError
+from tuppence.folder import RunFolder, write_text
+from tuppence.ledger import by_phase, spent
+from tuppence.live import duration
+from tuppence.plot import loss_plot
+
+Document = dict[str, Any]
+
+
+def write(folder: RunFolder) -> Document:
+    """Build the receipt and write it as JSON, Markdown and HTML into the run folder."""
+    told = build(folder)
+    folder.write_json("receipt.json", told)
+    write_text(folder.file("receipt.md"), as_markdown(told))
+    write_text(folder.file("receipt.html"), as_html(told, folder))
+    return told
+
+
+def build(folder: RunFolder) -> Document:
+    """The receipt as one document. Raises UserError where nothing was trained yet."""
+    plan = folder.plan()
+    metrics, evals = folder.latest("metrics"), folder.latest("evals")
+    if not metrics:
+        raise UserError(f"{folder.path}: no step was taken yet, so there is nothing to account for")
+    charged = spent(folder)
+    tokens, steps = metrics[-1]["tokens"], metrics[-1]["step"]
+    events = list(folder.rows("events"))
+    last_eval = evals[-1] if evals else None
+    best = folder.read_json("checkpoints/best.json")
+    best_loss = min((row["loss"] for row in evals), default=None)
+    env = folder.read_json("env.json") or {}
+    samples = folder.latest("samples")
+    return {
+        "name": plan.name,
+        "finished": any(event["code"] == "end" for event in events),
+        "attempts": metrics[-1]["attempt"],
+        "budget": _budget(
+            plan, usd=charged.usd, hours=charged.seconds / 3600, tokens=tokens, steps=steps
+        ),
+        "usd": charged.usd,
+        "predicted": _predicted(plan),
+        "actual": _actual(plan, charged.usd, charged.seconds, tokens, metrics, last_eval, events),
+        "evaluated": None if last_eval is None else [last_eval["tokens"], plan.data.val_tokens - 1],
+        "best": {"step": best["step"] if best else None, "val_loss": best_loss},
+        "phases": [
+            {"phase": name, "seconds": part.seconds, "usd": part.usd}
+            for name, part in by_phase(folder).items()
+        ],
+        "machine": {
+            "name": plan.machine.name,
+            "threads": plan.machine.threads,
+            "precision": plan.machine.precision,
+            "peak_tflops": plan.machine.peak_tflops,
+            "peak_source": plan.machine.peak_source,
+            "usd_per_hour": plan.machine.usd_per_hour,
+            "price_source": plan.machine.price_source,
+        },
+        "hashes": {
+            "code": env.get("code_sha256"),
+            "data": plan.data.inputs_sha256,
+            "weights": best["sha256"] if best else None,
+            "tokens": metrics[-1]["tokens_sha"],
+        },
+        "sample": samples[-1]["text"] if samples else None,
+        "warnings": [dataclasses.asdict(w) for w in plan.warnings],
+        "events": [e for e in events if e["code"] not in ("save", "start", "end")],
+        "reproduce": _argv(folder),
+    }
+
+
+def _argv(folder: RunFolder) -> str | None:
+    path = folder.file("argv.txt")
+    return path.read_text().strip() if path.exists() else None
+
+
+def _budget(plan: Plan, **paid: float) -> Document:
+    """The limit that ended the run: the one of which most is spent."""
+    limits = {k: v for k, v in dataclasses.asdict(plan.budget).items() if v is not None}
+    kind = max(limits, key=lambda k: paid[k] / limits[k])
+    fraction = paid[kind] / limits[kind]
+    return {"kind": kind, "limit": limits[kind], "spent": paid[kind], "fraction": fraction}
+
+
+def _predicted(plan: Plan) -> Document:
+    told = plan.predicted
+    bits = None
+    if told.val_loss is not None:
+        bits = told.val_loss.mid / 0.6931471805599453 / plan.data.bytes_per_token
+    return {
+        "usd": told.usd.mid,
+        "hours": told.hours.mid,
+        "tokens": told.tokens.mid,
+        "tokens_per_second": told.tokens_per_second.mid,
+        "mfu": told.mfu.mid,
+        "peak_memory_gib": told.peak_memory_gib.mid,
+        "val_loss": dataclasses.asdict(told.val_loss) if told.val_loss else None,
+        "val_bpb": bits,
+    }
+
+
+def _actual(
+    plan: Plan,
+    usd: float,
+    seconds: float,
+    tokens: int,
+    metrics: list[Document],
+    last_eval: Document | None,
+    events: list[Document],
+) -> Document:
+    rate = plan.step.batch_tokens * len(metrics) / sum(row["step_seconds"] for row in metrics)
+    peaks = [e["peak_memory_gib"] for e in events if e["code"] == "end"]
+    return {
+        "usd": usd,
+        "hours": seconds / 3600,
+        "tokens": tokens,
+        "tokens_per_second": rate,
+        "mfu": rate * plan.model.flops_per_token / (plan.machine.peak_tflops * 1e12),
+        "peak_memory_gib": peaks[-1] if peaks else None,
+        "val_loss": last_eval["loss"] if last_eval else None,
+        "val_bpb": last_eval["bpb"] if last_eval else None,
+    }
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def rows(told: Document) -> list[tuple[str, str, str]]:
+    """(what, promised, paid) for reading."""
+    promised, paid = told["predicted"], told["actual"]
+    loss = Interval(**promised["val_loss"]) if promised["val_loss"] else None
+    loss_text = f"{loss.mid:.3f} ({loss.low:.3f} to {loss.high:.3f})" if loss else "not promised"
+    return [
+        ("dollars", _form(promised["usd"], "${:.4f}"), _form(paid["usd"], "${:.4f}")),
+        ("time", duration(promised["hours"] * 3600), duration(paid["hours"] * 3600)),
+        ("tokens", _form(promised["tokens"], "{:,.0f}"), _form(paid["tokens"], "{:,.0f}")),
+        ("tokens/s", *(_form(side["tokens_per_second"], "{:,.0f}") for side in (promised, paid))),
+        ("MFU", *(_form(side["mfu"], "{:.0%}") for side in (promised, paid))),
+        ("memory", *(_form(side["peak_memory_gib"], "{:.2f} GiB") for side in (promised, paid))),
+        ("val loss", loss_text, _form(paid["val_loss"], "{:.4f} nats/token")),
+        ("bits/byte", *(_form(side["val_bpb"], "{:.3f}") for side in (promised, paid))),
+    ]
+
+
+def _form(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def headline(told: Document) -> str:
+    """One sentence: how much of the budget was spent, and what it bought."""
+    budget, unit = told["budget"], {"usd": "${:,.4f}", "hours": "{:,.4f} h"}
+    form = unit.get(budget["kind"], "{:,.0f} " + budget["kind"])
+    loss = told["actual"]["val_loss"]
+    bought = f"; val loss {loss:.4f}" if loss is not None else ""
+    state = "" if told["finished"] else " (not finished)"
+    return (
+        f"{told['name']}{state}: spent {form.format(budget['spent'])} of "
+        f"{form.format(budget['limit'])} ({budget['fraction']:.1%}){bought}"
+    )
+
+
+def as_text(told: Document) -> str:
+    """The receipt for a terminal."""
+    lines = [f"receipt   {headline(told)}", f"{'':11s}{'promised':>26s}{'paid':>22s}"]
+    lines += [f"  {what:9s}{promised:>26s}{paid:>22s}" for what, promised, paid in rows(told)]
+    where = ", ".join(
+        f"{p['phase']} ${p['usd']:.4f} ({p['seconds']:.1f} s)" for p in told["phases"]
+    )
+    lines += [f"where     {where}"]
+    lines += [
+        f"peak      MFU is of {told['machine']['peak_tflops']:.2f} TFLOPS, {told['machine']['peak_source']}"
+    ]
+    if told["sample"]:
+        lines += ["sample    " + told["sample"].strip().replace("\n", "\n          ")]
+    return "\n".join(lines)
+
+
+def as_markdown(told: Document) -> str:
+    """The receipt as a page of Markdown."""
+    table = [f"| {what} | {promised} | {paid} |" for what, promised, paid in rows(told)]
+    phases = [f"| {p['phase']} | {p['seconds']:.1f} | {p['usd']:.5f} |" for p in told["phases"]]
+    machine, hashes = told["machine"], told["hashes"]
+    parts = [
+        f"# Receipt: {told['name']}",
+        headline(told) + ".",
+        "| | promised | paid |\n|---|---:|---:|\n" + "\n".join(table),
+        f"MFU is of {machine['peak_tflops']:.2f} TFLOPS, {machine['peak_source']}.",
+        "## Where every cent went",
+        "| phase | seconds | usd |\n|---|---:|---:|\n" + "\n".join(phases),
+        f"{machine['name']}, {machine['threads']} threads, {machine['precision']}, "
+        f"${machine['usd_per_hour']:.2f}/h ({machine['price_source']}); attempts: {told['attempts']}.",
+        "## Best checkpoint",
+        f"step {told['best']['step']}, val loss {_form(told['best']['val_loss'], '{:.4f}')}.",
+    ]
+    if told["sample"]:
+        parts += ["## Sample", "```text\n" + told["sample"].replace("```", "'''") + "\n```"]
+    notes = [f"- {w['message']} [{w['code']}]" for w in [*told["warnings"], *told["events"]]]
+    if notes:
+        parts += ["## Notes", "\n".join(notes)]
+    parts += ["## Hashes", "\n".join(f"- {k}: `{v}`" for k, v in hashes.items())]
+    parts += ["## Again", f"```sh\n{told['reproduce']}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_html(told: Document, folder: RunFolder) -> str:
+    """The receipt as one page: no network, light and dark."""
+    metrics, evals = folder.latest("metrics"), folder.latest("evals")
+    train = [(row["tokens"], row["loss"]) for row in metrics if row["loss"] is not None]
+    at = {row["step"]: row["tokens"] for row in metrics}
+    val = [(at[row["step"]], row["loss"]) for row in evals if row["step"] in at]
+    promised = told["predicted"]["val_loss"]
+    end = metrics[-1]["tokens"]
+    band = ((end, promised["low"]), (end, promised["high"])) if promised else ()
+    page = resources.files("tuppence").joinpath("assets/receipt.html").read_text(encoding="utf-8")
+    filled = {
+        "TITLE": f"Receipt: {told['name']}",
+        "HEADLINE": headline(told),
+        "SAMPLE": told["sample"] or "no sample was taken",
+        "MACHINE": "{name}, {threads} threads, {precision}; MFU is of {peak_tflops:.2f} TFLOPS, "
+        "{peak_source}; ${usd_per_hour:.2f}/h ({price_source})".format(**told["machine"]),
+        "REPRODUCE": told["reproduce"] or "",
+        "HASHES": json.dumps(told["hashes"], indent=1),
+    }
+    for key, value in filled.items():
+        page = page.replace("{{" + key + "}}", html.escape(value))
+    tables = {
+        "ROWS": _table_rows(rows(told)),
+        "PHASES": _table_rows(
+            [(p["phase"], f"{p['seconds']:.1f}", f"{p['usd']:.5f}") for p in told["phases"]]
+        ),
+        "NOTES": "".join(
+            f"<li>{html.escape(note['message'])} <code>{note['code']}</code></li>"
+            for note in [*told["warnings"], *told["events"]]
+        ),
+        "PLOT": loss_plot(train, val, x_label="training tokens", band=band),
+    }
+    for key, value in tables.items():
+        page = page.replace("{{" + key + "}}", value)
+    return page
+
+
+def _table_rows(cells: list[tuple[str, str, str]]) -> str:
+    return "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
+    )

@@ -1,0 +1,201 @@
+"""Measures this machine in a few seconds: matmul ceilings, memory, disk, and a plan's own step.
+
+What is measured is what the plan divides by: MFU has a real peak, and a small model's time on a
+CPU (which is dispatch, softmax and GELU as much as matmul) comes from the step itself, timed in
+each way it can be run here. The fastest way is the plan's choice, with its reason.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from tuppence import host
+from tuppence.config import ModelPlan, OptimizerPlan, Plan
+from tuppence.model import build
+from tuppence.plan import hardware
+from tuppence.plan.hardware import Calibration, Timing
+from tuppence.train.optim import adamw
+from tuppence.train.step import autocast_for, train_step
+
+MATMUL_SECONDS = 0.25
+DISK_BYTES = 32 << 20
+ROUNDS = 4  # of a step, the first of them not counted
+PROBE_FLOPS = 4e11  # a probe's micro-batch is cut to about this much work
+
+
+def pick_device(gpu: str | None) -> str:
+    """The accelerator torch can use here, or the CPU (also when `machine.gpu=cpu` asks for it)."""
+    if gpu != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
+def measure_machine(device: str, threads: int) -> Calibration:
+    """Ceilings of this machine. About two seconds; the machine should have nothing else to do."""
+    torch.set_num_threads(threads)
+    started = time.time() - host.process_start()
+    rss = host.peak_rss_gib() or 0.4  # before the measurements fill memory of their own
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return Calibration(
+        version=1,
+        name=host.cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        device=device,
+        threads=threads,
+        torch=torch.__version__,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        matmul_tflops={name: _matmul_tflops(device, kind) for name, kind in kinds.items()},
+        memory_gbs=_memory_gbs(device),
+        memory_gib=_memory_gib(device),
+        disk_write_mbs=_disk_write_mbs(),
+        startup_seconds=started,
+        startup_rss_gib=rss if device == "cpu" else 0.5,
+        timings={},
+    )
+
+
+def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
+    """Time the plan's step in each way it can be run here, and keep the timings.
+
+    A micro-batch too large for a few seconds is timed in part and scaled up.
+    """
+    torch.set_num_threads(calibration.threads)
+    device, micro = calibration.device, plan.step.micro_batch
+    tokens = max(1.0, PROBE_FLOPS / plan.model.flops_per_token)
+    probed = max(1, min(micro, int(tokens / plan.model.sequence_len)))
+    timings = []
+    for precision, attention in _ways(plan, device):
+        timing = _time_step(plan.model, plan.optimizer, device, precision, attention, probed)
+        scale = micro / probed
+        timings.append(
+            dataclasses.replace(
+                timing,
+                micro_batch=micro,
+                micro_seconds=timing.micro_seconds * scale,
+                forward_seconds=timing.forward_seconds * scale,
+            )
+        )
+    key = hardware.shape_key(plan.model, micro)
+    return calibration.with_timings(key, timings)
+
+
+def _ways(plan: Plan, device: str) -> list[tuple[str, str]]:
+    """(precision, attention) worth timing. Dropout has the one attention that can drop."""
+    attentions = ["matmul"] if plan.model.dropout else ["sdpa"]
+    if device == "cpu" and plan.model.sequence_len <= 1024 and not plan.model.dropout:
+        attentions.append("matmul")
+    return [(p, a) for p in ("bf16", "fp32") for a in attentions]
+
+
+def _time_step(
+    model_plan: ModelPlan,
+    optimizer_plan: OptimizerPlan,
+    device: str,
+    precision: str,
+    attention: str,
+    micro: int,
+) -> Timing:
+    model = build(model_plan, attention=attention).to(device)
+    model.init_weights(0)
+    optimizer = adamw(model, optimizer_plan)
+    autocast = autocast_for(device, precision)
+    generator = torch.Generator().manual_seed(0)
+    shape = (micro, model_plan.sequence_len)
+    tokens = torch.randint(model_plan.vocab_size, shape, generator=generator).to(device)
+    key_B = torch.zeros(micro, dtype=torch.int64, device=device) if model_plan.dropout else None
+
+    def step(accumulation: int) -> Callable[[], object]:
+        return lambda: train_step(
+            model,
+            optimizer,
+            [(tokens, tokens, key_B)] * accumulation,
+            accumulation=accumulation,
+            learning_rate=0.0,
+            grad_clip=1.0,
+            autocast=autocast,
+        )
+
+    def forward() -> None:
+        with torch.no_grad(), autocast():
+            model(tokens, tokens, reduction="sum")
+
+    one = _seconds(step(1), device)
+    two = _seconds(step(2), device) if one < 1.0 else one * 1.9
+    micro_seconds = min(one, max(0.5 * one, two - one))
+    return Timing(
+        precision=precision,
+        attention=attention,
+        compile=False,
+        micro_batch=micro,
+        micro_seconds=micro_seconds,
+        update_seconds=one - micro_seconds,
+        forward_seconds=_seconds(forward, device),
+        source="measured by calibrate",
+    )
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    """Median seconds of `work`, after one round to warm up; fewer rounds when it is slow."""
+    taken: list[float] = []
+    for _ in range(ROUNDS):
+        _synchronise(device)
+        started = time.perf_counter()
+        work()
+        _synchronise(device)
+        taken.append(time.perf_counter() - started)
+        if sum(taken) > 2.0:
+            break
+    counted = sorted(taken[1:] or taken)
+    return counted[len(counted) // 2]
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _matmul_tflops(device: str, kind: torch.dtype) -> float:
+    """The best rate over square matmuls of three sizes, in 1e12 FLOPs a second."""
+    best = 0.0
+    for n in (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+        deadline = time.perf_counter() + MATMUL_SECONDS / 3
+        while time.perf_counter() < deadline:
+            _synchronise(device)
+            started = time.perf_counter()
+            torch.mm(a, b)
+            _synchronise(device)
+            best = max(best, 2 * n**3 / (time.perf_counter() - started) / 1e12)
+    return best
+
+
+def _memory_gbs(device: str) -> float:
+    """Copy bandwidth in GB/s, read and write counted."""
+    source = torch.zeros(1 << 25, device=device)  # 128 MiB: beyond the caches
+    target = torch.empty_like(source)
+    seconds = _seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() * 4 / seconds / 1e9
+
+
+def _memory_gib(device: str) -> float:
+    """Memory that a run may fill, in GiB; 8 are assumed where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return host.memory_gib() or 8.0
+
+
+def _disk_write_mbs() -> float:
+    """Sequential write into the working folder, flushed, in MB/s."""
+    block = os.urandom(1 << 20)
+    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as out:
+        started = time.perf_counter()
+        for _ in range(DISK_BYTES >> 20):
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+        return DISK_BYTES / (time.perf_counter() - started) / 1e6

@@ -1,0 +1,383 @@
+"""Training: from a plan to a finished run folder, whatever interrupts it.
+
+    turn = pace.next(step)           where the budget stands; which step is the last
+    train_step(batch(step), lr(turn.progress))
+    if due: evaluate, sample, save   best and last are kept
+    ...
+    save ▶ evaluate ▶ sample         inside the reserve, against a deadline
+
+With a budget in steps or tokens nothing here depends on time: the run is a pure function of
+(code, plan, data, seed), bit for bit on one machine.
+"""
+
+import gc
+import hashlib
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tuppence import checkpoint, evals
+from tuppence.checkpoint import State
+from tuppence.config import Plan
+from tuppence.data.loader import Loader, rolling_sha, val_windows
+from tuppence.data.tokenizer import Tokenizer, load_tokenizer
+from tuppence.errors import DoesNotFit, Fault
+from tuppence.folder import RunFolder
+from tuppence.ledger import Meter
+from tuppence.model import build
+from tuppence.train.interrupt import Interrupt, Interrupted
+from tuppence.live import Live, duration
+from tuppence.train.optim import adamw
+from tuppence.train.pace import Pace, Turn
+from tuppence.train.schedule import factor
+from tuppence.train.step import (
+    StepResult,
+    autocast_for,
+    dropout_keys,
+    micro_batches,
+    train_step,
+)
+
+BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
+KEEP_LAST = 2
+FIRST_STATE = State(
+    step=0,
+    tokens=0,
+    tokens_sha=hashlib.sha256(b"").hexdigest(),
+    progress=0.0,
+    finished=False,
+    bad_steps=0,
+    best_step=None,
+    best_val_loss=None,
+    attempt=1,
+    saved_at=0.0,
+)
+
+
+@dataclass
+class Trainer:
+    """What the loop holds: the plan's things built, and where the run is."""
+
+    plan: Plan
+    folder: RunFolder
+    meter: Meter
+    pace: Pace
+    live: Live
+    interrupt: Interrupt
+    loader: Loader
+    data_folder: Path
+    tokenizer: Tokenizer
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    state: State
+    saved_step: int = -1
+    last_save: float = 0.0
+
+
+def train(plan: Plan, folder: RunFolder, data_folder: Path, *, meter: Meter, attempt: int) -> State:
+    """Train `plan` in `folder` from its newest checkpoint, or from the start, to its end.
+
+    Raises Interrupted after a signal (saved), Fault for what cannot go on (nothing saved is lost).
+    """
+    live = Live()
+    with Interrupt() as interrupt:
+        trainer = _set_up(plan, folder, data_folder, meter, attempt, live, interrupt)
+        meter.switch("train")
+        gc.collect()
+        gc.freeze()  # nothing that is alive now is garbage before the end
+        while not trainer.state.finished and (turn := trainer.pace.next(trainer.state.step)):
+            previous = trainer.state.progress
+            _step(trainer, turn)
+            _stop_if_asked(trainer)
+            if turn.last:
+                break
+            if _due_evaluation(trainer, previous):
+                _evaluate(trainer, deadline=math.inf)
+            elif _due_save(trainer):
+                _save(trainer)
+        _finish(trainer)
+    return trainer.state
+
+
+def _set_up(
+    plan: Plan,
+    folder: RunFolder,
+    data_folder: Path,
+    meter: Meter,
+    attempt: int,
+    live: Live,
+    interrupt: Interrupt,
+) -> Trainer:
+    torch.set_num_threads(plan.machine.threads)
+    device = plan.machine.device
+    model = build(plan.model, attention=plan.machine.attention).to(device)
+    optimizer = adamw(model, plan.optimizer)
+    state = checkpoint.load_newest(folder, model, optimizer)
+    if state is None:
+        model.init_weights(plan.step.seed)
+        state = FIRST_STATE
+        folder.event("start", "from the beginning", attempt=attempt)
+    else:
+        live.say(f"resuming from step {state.step} (attempt {attempt})")
+        message = f"from step {state.step}"
+        folder.event("resume", message, attempt=attempt, step=state.step, saved_at=state.saved_at)
+    trainer = Trainer(
+        plan=plan,
+        folder=folder,
+        meter=meter,
+        pace=Pace(plan, meter),
+        live=live,
+        interrupt=interrupt,
+        loader=Loader(
+            data_folder,
+            sequence_len=plan.model.sequence_len,
+            batch_size=plan.step.batch_sequences,
+            seed=plan.step.seed,
+        ),
+        data_folder=data_folder,
+        tokenizer=load_tokenizer(data_folder / "tokenizer"),
+        model=torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        state=replace(state, attempt=attempt),
+        saved_step=state.step if state.step else -1,
+        last_save=time.monotonic(),
+    )
+    if not (folder.tokenizer / "tokenizer.json").exists():
+        folder.tokenizer.mkdir(parents=True, exist_ok=True)
+        trainer.tokenizer.save(folder.tokenizer)
+    return trainer
+
+
+# ---------------------------------------------------------------- a step
+
+
+def _step(trainer: Trainer, turn: Turn) -> None:
+    """One optimizer step, its row in metrics.jsonl, and the new state."""
+    plan, state = trainer.plan, trainer.state
+    started = time.monotonic()
+    batch = trainer.loader.batch(state.step)
+    tokens_sha = rolling_sha(state.tokens_sha, batch)
+    learning_rate = plan.optimizer.learning_rate * factor(turn.progress, plan.schedule)
+    result = train_step(
+        trainer.model,
+        trainer.optimizer,
+        micro_batches(
+            batch,
+            micro_batch=plan.step.micro_batch,
+            device=plan.machine.device,
+            keys=_keys(plan, state.step),
+        ),
+        accumulation=plan.step.accumulation,
+        learning_rate=learning_rate,
+        grad_clip=plan.optimizer.grad_clip,
+        autocast=autocast_for(plan.machine.device, plan.machine.precision),
+        tick=trainer.meter.beat,
+    )
+    seconds = time.monotonic() - started
+    trainer.pace.step_took(seconds)
+    trainer.state = replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + plan.step.batch_tokens,
+        tokens_sha=tokens_sha,
+        progress=turn.progress,
+        finished=turn.last,
+        bad_steps=0 if result.updated else state.bad_steps + 1,
+    )
+    _log(trainer, result, learning_rate, seconds)
+    if not result.updated:
+        _guard(trainer, result)
+
+
+def _keys(plan: Plan, step: int) -> np.ndarray | None:
+    """Dropout keys of a step, or None where nothing is dropped."""
+    if plan.model.dropout == 0:
+        return None
+    return dropout_keys(seed=plan.step.seed, step=step, batch_sequences=plan.step.batch_sequences)
+
+
+def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: float) -> None:
+    plan, state, meter = trainer.plan, trainer.state, trainer.meter
+    rate = plan.step.batch_tokens / seconds
+    mfu = rate * plan.model.flops_per_token / (plan.machine.peak_tflops * 1e12)
+    usd = meter.usd()
+    trainer.folder.append(
+        "metrics",
+        {
+            "step": state.step,
+            "attempt": state.attempt,
+            "tokens": state.tokens,
+            "loss": result.loss if math.isfinite(result.loss) else None,
+            "lr": learning_rate,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "usd": usd,
+            "progress": state.progress,
+            "tokens_sha": state.tokens_sha,
+        },
+    )
+    budget = f"${usd:.4f}" + (f" of ${plan.budget.usd:g}" if plan.budget.usd else "")
+    left = meter.seconds() * (1 / max(state.progress, 1e-6) - 1)
+    trainer.live.show(
+        f"{state.progress:4.0%}  step {state.step:,}  loss {result.loss:.4f}  {rate:,.0f} tok/s  "
+        f"mfu {mfu:.0%} of {plan.machine.peak_tflops:.2f} TFLOPS  {budget}  {duration(left)} left"
+    )
+
+
+def _guard(trainer: Trainer, result: StepResult) -> None:
+    """A step that was not finite left no trace in the weights; too many of them end the run."""
+    state = trainer.state
+    what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+    trainer.folder.event("nonfinite_step", f"step {state.step} skipped: {what}", step=state.step)
+    trainer.live.say(f"step {state.step} is not finite ({what}): weights left as they were")
+    if state.bad_steps < BAD_STEPS:
+        return
+    there = checkpoint.complete(trainer.folder)
+    kept = f"step {int(there[-1].name[5:])} is saved" if there else "nothing was saved yet"
+    message = (
+        f"{BAD_STEPS} steps in a row up to step {state.step} were not finite ({what}); {kept}. "
+        f"Lower train.learning_rate={trainer.plan.optimizer.learning_rate:g} and start again"
+    )
+    trainer.folder.event("nonfinite_stop", message, step=state.step)
+    raise Fault(message)
+
+
+# ---------------------------------------------------------------- evaluate, sample, save
+
+
+def _due_evaluation(trainer: Trainer, previous: float) -> bool:
+    """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
+    cadence, state = trainer.plan.cadence, trainer.state
+    if cadence.eval_every_steps is not None:
+        return state.step % cadence.eval_every_steps == 0
+    assert cadence.eval_every_progress is not None
+    marks_now = math.floor(state.progress / cadence.eval_every_progress + 1e-9)
+    return marks_now > math.floor(previous / cadence.eval_every_progress + 1e-9)
+
+
+def _due_save(trainer: Trainer) -> bool:
+    cadence = trainer.plan.cadence
+    if cadence.save_every_steps is not None:
+        return trainer.state.step % cadence.save_every_steps == 0
+    assert cadence.save_every_seconds is not None
+    return time.monotonic() - trainer.last_save >= cadence.save_every_seconds
+
+
+def _evaluate(trainer: Trainer, *, deadline: float) -> None:
+    """Evaluate and sample; a better loss than ever is saved as `best`."""
+    started = time.monotonic()
+    with trainer.meter.phase("evaluate"):
+        result = _val_loss(trainer, deadline)
+        if result is None:
+            message = "the budget left no time for one batch of the evaluation"
+            trainer.folder.event("eval_skipped", message, step=trainer.state.step)
+            return
+        state = trainer.state
+        row = {"step": state.step, "attempt": state.attempt, "split": "val", "loss": result.loss}
+        row |= {"bpb": result.bpb, "tokens": result.tokens, "of_tokens": result.of_tokens}
+        row |= {"progress": state.progress, "usd": trainer.meter.usd(), "seconds": result.seconds}
+        trainer.folder.append("evals", row)
+        bits = f" ({result.bpb:.4f} bits/byte)" if result.bpb is not None else ""
+        trainer.live.say(f"step {state.step:,}: val loss {result.loss:.4f}{bits}")
+        _sample(trainer, deadline)
+    if math.isinf(deadline):  # one that was not cut short says what the last one will take
+        trainer.pace.eval_seconds = time.monotonic() - started
+    if state.best_val_loss is None or result.loss < state.best_val_loss:
+        trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
+        _save(trainer)
+        pointer = checkpoint.pointer(trainer.folder, "last")
+        assert pointer is not None and pointer.step == state.step
+        checkpoint.point(trainer.folder, "best", pointer)
+
+
+def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
+    plan = trainer.plan
+    windows = val_windows(
+        trainer.data_folder,
+        sequence_len=plan.model.sequence_len,
+        max_tokens=plan.cadence.eval_tokens,
+    )
+    return evals.evaluate(
+        trainer.model,
+        windows.batches(plan.cadence.eval_batch),
+        of_tokens=windows.tokens,
+        token_bytes=trainer.tokenizer.token_bytes(),
+        device=plan.machine.device,
+        autocast=autocast_for(plan.machine.device, plan.machine.precision),
+        deadline=deadline,
+        tick=lambda: _stop_if_asked(trainer),
+    )
+
+
+def _sample(trainer: Trainer, deadline: float) -> None:
+    """Let the model speak, and keep what it says."""
+    plan, tokenizer = trainer.plan, trainer.tokenizer
+    prompt = tokenizer.encode(plan.cadence.sample_prompt).tolist()
+    if not plan.cadence.sample_tokens or not prompt:
+        return
+    ids = evals.generate(
+        trainer.model,
+        prompt,
+        new_tokens=plan.cadence.sample_tokens,
+        context=plan.model.sequence_len,
+        device=plan.machine.device,
+        autocast=autocast_for(plan.machine.device, plan.machine.precision),
+        seed=plan.step.seed,
+        stop=tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
+        deadline=deadline,
+    )
+    row = {"step": trainer.state.step, "attempt": trainer.state.attempt}
+    row |= {"prompt": plan.cadence.sample_prompt, "text": tokenizer.decode(ids)}
+    trainer.folder.append("samples", {**row, "temperature": 0.8, "seed": plan.step.seed})
+
+
+def _save(trainer: Trainer) -> None:
+    """Checkpoint the present state, unless this step is saved already."""
+    if trainer.saved_step == trainer.state.step:
+        return
+    started = time.monotonic()
+    with trainer.meter.phase("save"):
+        trainer.state = replace(trainer.state, saved_at=time.time())
+        pointer = checkpoint.save(
+            trainer.folder, _bare(trainer.model), trainer.optimizer, trainer.state
+        )
+        checkpoint.retain(trainer.folder, keep_last=KEEP_LAST)
+    trainer.last_save = time.monotonic()
+    trainer.pace.save_seconds = trainer.last_save - started
+    trainer.saved_step = pointer.step
+    message = f"step {pointer.step}"
+    trainer.folder.event("save", message, step=pointer.step, sha256=pointer.sha256)
+
+
+def _stop_if_asked(trainer: Trainer) -> None:
+    """Between steps and batches of an evaluation: say we are alive; after a signal save and stop."""
+    trainer.meter.beat()
+    if trainer.interrupt.signal:
+        _save(trainer)
+        raise Interrupted(trainer.interrupt.signal, trainer.state.step)
+
+
+def _bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The module itself where torch.compile wrapped it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _finish(trainer: Trainer) -> None:
+    """The end: what was trained is saved first, then judged with the time that is left."""
+    if trainer.state.step == 0:
+        raise DoesNotFit(
+            f"the budget was spent before the first step: start-up took "
+            f"{trainer.meter.seconds():.1f} s of charged time; give a larger budget"
+        )
+    trainer.state = replace(trainer.state, finished=True)
+    _save(trainer)
+    _stop_if_asked(trainer)
+    left = trainer.pace.seconds_left() - trainer.plan.cadence.finish_seconds
+    _evaluate(trainer, deadline=time.monotonic() + left)

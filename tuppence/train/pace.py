@@ -1,0 +1,79 @@
+"""Money is the clock: how far the budget is spent, and which step is the last one.
+
+    progress = max over limits of spent / limit,  after the step that is about to be taken
+
+For dollars and hours the limit is what is left for training once the last evaluation, save,
+sample and receipt are paid for. A step is the last one when another would not fit behind it, so
+that the learning rate lands on its floor on a step that is really taken.
+"""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+from tuppence.config import Plan
+from tuppence.ledger import Meter
+
+RECENT_STEPS = 30
+CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
+HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The next step's place in the run."""
+
+    progress: float
+    last: bool
+
+
+class Pace:
+    """Decides, before each step, where in the budget it stands. Estimates follow what is seen."""
+
+    def __init__(self, plan: Plan, meter: Meter) -> None:
+        self.plan, self.meter = plan, meter
+        self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
+        self.timed = self.limit_usd is not None or self.limit_hours is not None
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        phases, tokens = plan.predicted.phase_seconds, plan.cadence.eval_tokens
+        evals = 1 / plan.cadence.eval_every_progress if plan.cadence.eval_every_progress else 1
+        self.eval_seconds = phases["evaluate"] / evals if tokens else 0.0
+        self.save_seconds = (phases["save"] - plan.cadence.finish_seconds) / evals
+
+    def step_took(self, seconds: float) -> None:
+        self._recent.append(seconds)
+
+    def step_seconds(self) -> float:
+        """What a step takes now: the recent median, before any the plan's guess."""
+        if not self._recent:
+            return self.plan.predicted.step_seconds.mid
+        return statistics.median(self._recent)
+
+    def seconds_left(self) -> float:
+        """Until the first time limit, everything included."""
+        return self.meter.seconds_left(usd=self.limit_usd, hours=self.limit_hours)
+
+    def reserve(self) -> float:
+        """Seconds that the end of the run needs: save, evaluate, sample, receipt, exit."""
+        held = HELD_BACK * (self.meter.seconds() + self.seconds_left()) if self.timed else 0.0
+        end = 1.5 * self.save_seconds + 1.1 * self.eval_seconds
+        return end + self.plan.cadence.finish_seconds + held
+
+    def next(self, step: int) -> Turn | None:
+        """The turn of step number `step` (from 0), or None when it cannot be afforded."""
+        fraction, last = 0.0, False
+        if self.plan.step.max_steps is not None:
+            if step >= self.plan.step.max_steps:
+                return None
+            fraction = (step + 1) / self.plan.step.max_steps
+            last = step + 1 == self.plan.step.max_steps
+        if self.timed:
+            left = self.seconds_left() - self.reserve()
+            one = self.step_seconds()
+            if left < one:
+                return None
+            spent = self.meter.seconds()
+            fraction = max(fraction, (spent + one) / (spent + left))
+            last = last or left - one < CAUTION * one
+        return Turn(1.0 if last else min(fraction, math.nextafter(1, 0)), last)
