@@ -1,0 +1,214 @@
+"""Where text comes from: every format and packing, lazily, and what is said when one is bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tuppence.data.formats import Meter
+from tuppence.data.pieces import Piece, recut
+from tuppence.data.sources import (
+    asset,
+    documents,
+    find_files,
+    has_one_document,
+    read_pieces,
+    slug_of,
+)
+from tuppence.errors import UserError
+
+TEXTS = ["One small document.\n", "Zwölf Boxkämpfer jagen Viktor\n\n  quer", "", "日本語 😀 end"]
+
+
+def pack(content: bytes, compression: str) -> bytes:
+    if compression == "gz":
+        return gzip.compress(content)
+    if compression == "xz":
+        return lzma.compress(content)
+    if compression == "zst":
+        return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    return content
+
+
+def write(path: Path, texts: list[str], *, field: str = "text") -> Path:
+    """Documents in the format and packing that the name asks for."""
+    kind, _, compression = path.name.partition(".")[2].partition(".")
+    if kind == "parquet":
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), field: texts}), sink)
+        content = sink.getvalue().to_pybytes()
+    elif kind == "jsonl":
+        rows = [json.dumps({"id": i, field: text}) for i, text in enumerate(texts)]
+        content = "\n".join(rows).encode()
+    else:
+        content = "".join(texts).encode()
+    path.write_bytes(pack(content, compression))
+    return path
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_formats(tmp_path: Path, kind: str, compression: str) -> None:
+    path = write(tmp_path / f"corpus.{kind}{compression}", TEXTS)
+    assert list(documents(str(path))) == (["".join(TEXTS)] if kind == "txt" else TEXTS)
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".zst"])
+def test_large_txt_is_streamed(tmp_path: Path, compression: str) -> None:
+    text = "naïve café 日本 " * 200_000  # several blocks, characters across their borders
+    path = write(tmp_path / f"corpus.txt{compression}", [text])
+    pieces = list(read_pieces(find_files(str(path))))
+    assert len(pieces) > 3
+    assert max(len(piece.text) for piece in pieces) <= 1 << 20
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[2].offset == len(pieces[0].text) + len(pieces[1].text)
+
+
+def test_long_json_lines_cross_blocks(tmp_path: Path) -> None:
+    texts = ["a" * 3_000_000, "b", "c" * 1_500_000]
+    assert list(documents(str(write(tmp_path / "long.jsonl", texts)))) == texts
+
+
+def test_named_corpus_folder_glob_and_list(tmp_path: Path) -> None:
+    assert len(next(documents("shakespeare"))) == 1_115_394
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "b.txt", ["bee"])
+    write(tmp_path / "sub" / "a.jsonl.gz", ["ay"])
+    (tmp_path / "README.md").write_text("not text of the corpus")
+    assert list(documents(str(tmp_path))) == ["bee", "ay"]
+    assert [file.shown for file in find_files(str(tmp_path))] == [
+        f"{tmp_path}/b.txt",
+        f"{tmp_path}/sub/a.jsonl.gz",
+    ]
+    assert list(documents(f"{tmp_path}/*.txt")) == ["bee"]
+    assert list(documents(f"{tmp_path}/**/*.jsonl.gz")) == ["ay"]
+    assert list(documents(f"{tmp_path}/sub/a.jsonl.gz, {tmp_path}/b.txt")) == ["ay", "bee"]
+
+
+def test_text_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.parquet", ["one", "two"], field="content")
+    assert list(documents(str(path), text_field="content")) == ["one", "two"]
+
+
+def test_one_document(tmp_path: Path) -> None:
+    one_row = write(tmp_path / "one.jsonl", ["alone"])
+    many = write(tmp_path / "many.jsonl", TEXTS)
+    text = write(tmp_path / "text.txt", ["some"])
+    empty = write(tmp_path / "none.jsonl", [])
+    assert has_one_document(find_files(str(text)))
+    assert has_one_document(find_files(str(one_row)))
+    assert has_one_document(find_files(f"{text},{empty}"))
+    assert not has_one_document(find_files(str(many)))
+    assert not has_one_document(find_files(f"{text},{one_row}"))
+    assert not has_one_document(find_files(f"{text},{text}"))
+
+
+def test_meter_counts_files_on_disk(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl.xz", TEXTS * 100)
+    meter = Meter()
+    reading = read_pieces(find_files(str(path)), meter=meter)
+    next(reading)
+    assert 0 < meter.done_bytes <= path.stat().st_size
+    del reading
+    assert meter.reading is None
+    list(read_pieces(find_files(str(path)), meter=meter))
+    assert meter.done_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("source", "slug"),
+    [
+        ("shakespeare", "shakespeare"),
+        ("a/books_50mb.jsonl.xz", "books_50mb"),
+        ("data/*.parquet", "corpus"),
+        ("x y.txt,b.txt", "x-y-and-1-more"),
+    ],
+)
+def test_slug(source: str, slug: str) -> None:
+    assert slug_of(source) == slug
+
+
+def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """(case, source, what the message must say)."""
+    good = json.dumps({"text": "fine"})
+    write(folder / "books.jsonl", ["x"])
+    (folder / "notes.md").write_text("x")
+    (folder / "empty").mkdir()
+    (folder / "latin.txt").write_bytes(b"x" * (1 << 20) + b"caf\xe9 au lait")
+    (folder / "cut.txt").write_bytes("x 日".encode()[:-1])
+    (folder / "latin.jsonl").write_bytes(good.encode() + b'\n{"text": "caf\xe9"}\n')
+    (folder / "broken.jsonl").write_text(good + "\n" + '{"text": "no end\n')
+    (folder / "list.jsonl").write_text(good + "\n\n[1]\n")
+    (folder / "field.jsonl").write_text(good + "\n" + '{"title": "a", "body": "b"}\n')
+    (folder / "null.jsonl").write_text(good + "\n" + '{"text": null}\n')
+    (folder / "half.jsonl").write_text(good + "\n" + '{"text": "a \\ud83d b"}\n')
+    write(folder / "field.parquet", ["x"], field="body")
+    (folder / "bad.parquet").write_bytes(b"PAR1 and nothing else")
+    for packing in ("gz", "xz", "zst"):
+        whole = pack(b"hello world\n" * 5000, packing)
+        (folder / f"short.txt.{packing}").write_bytes(whole[: len(whole) * 2 // 3])
+        yield packing, f"{folder}/short.txt.{packing}", [f"short.txt.{packing}", "truncated"]
+    yield "near name", "shakespear", ["no such file", "did you mean shakespeare?"]
+    yield "near file", f"{folder}/book.jsonl", ["did you mean", "books.jsonl"]
+    yield "empty source", "", ["data.source is empty", "shakespeare"]
+    yield "glob", f"{folder}/*.parquet.gz", ["no files match"]
+    yield "extension", f"{folder}/notes.md", ["notes.md", "unknown kind", ".jsonl", ".zst"]
+    yield "empty folder", f"{folder}/empty", ["no files of a known kind"]
+    yield "txt utf-8", f"{folder}/latin.txt", ["latin.txt", "not UTF-8", "byte 1,048,579", "0xe9"]
+    yield "txt end", f"{folder}/cut.txt", ["cut.txt", "byte 2", "0xe6"]
+    yield "jsonl utf-8", f"{folder}/latin.jsonl", ["latin.jsonl", "line 2", "byte 13 of the line"]
+    yield "json", f"{folder}/broken.jsonl", ["broken.jsonl", "line 2 is not JSON"]
+    yield "not an object", f"{folder}/list.jsonl", ["line 3 holds a list, not an object"]
+    yield "field", f"{folder}/field.jsonl", ["line 2", "no field 'text'", "title, body"]
+    yield "null", f"{folder}/null.jsonl", ["line 2", "'text' is null, not a string"]
+    yield "surrogate", f"{folder}/half.jsonl", ["line 2", "half a surrogate pair"]
+    yield (
+        "parquet field",
+        f"{folder}/field.parquet",
+        ["field.parquet", "no field 'text'", "id, body"],
+    )
+    yield "parquet", f"{folder}/bad.parquet", ["bad.parquet", "not a whole parquet file"]
+
+
+def test_bad_inputs(tmp_path: Path) -> None:
+    for case, source, parts in bad_inputs(tmp_path):
+        with pytest.raises(UserError) as caught:
+            list(documents(source))
+        message = str(caught.value)
+        assert "\n" not in message, case
+        for part in parts:
+            assert part in message, (case, message)
+
+
+@pytest.mark.parametrize("cut", ["anywhere", "before_space", "nowhere"])
+def test_recut_does_not_depend_on_how_text_arrives(cut: str) -> None:
+    text = asset("shakespeare.txt").read_text(encoding="utf-8")[:30_000]
+    text += "x" * 5000 + " y" + "!\tb\x1cc\u2003d " * 300
+
+    def arriving(size: int) -> Iterator[Piece]:
+        for document in range(2):
+            for start in range(0, len(text), size):
+                yield Piece(text[start : start + size], document, start, False)
+            yield Piece("", document, len(text), True)
+
+    whole = list(recut(arriving(10**9), cut=cut, piece_chars=1000))  # type: ignore[arg-type]
+    for size in (7, 999, 4096):
+        assert list(recut(arriving(size), cut=cut, piece_chars=1000)) == whole  # type: ignore[arg-type]
+    assert "".join(piece.text for piece in whole) == 2 * text
+    assert sum(piece.last for piece in whole) == 2
+    if cut == "nowhere":
+        assert len(whole) == 2
+    else:
+        assert len(whole) > 60
+        assert all(text[p.offset : p.offset + len(p.text)] == p.text for p in whole)
+    if cut == "before_space":
+        starts = [piece for piece in whole if piece.offset]
+        assert all(p.text[0] in " \n" and not text[p.offset - 1].isspace() for p in starts)
