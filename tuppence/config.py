@@ -131,7 +131,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Warning:
-    """Something the person should know before paying; `code` is stable, `message` is for reading."""
+    """What the person should know before paying; `code` is stable, `message` is for reading."""
 
     code: str
     message: str
@@ -332,7 +332,7 @@ def _split(assignment: str) -> tuple[str, str]:
 def _assign(run: Run, key: str, text: str) -> Run:
     known = keys()
     if key not in known or key == "recipe":
-        raise UserError(f"{key}={text}: no key {key!r}{nearest(key, [k for k in known])}")
+        raise UserError(f"{key}={text}: no key {key!r}{nearest(key, list(known))}")
     value = parse_value(key, text, known[key])
     group, _, leaf = key.rpartition(".")
     if not group:

@@ -1,4 +1,4 @@
-"""The run folder: the one thing that parts share, and how it is written so that a kill loses nothing.
+"""The run folder: the one thing that parts share, written so that a kill loses nothing.
 
     runs/NAME/  run.json plan.json argv.txt env.json  ledger.jsonl metrics.jsonl evals.jsonl
                 events.jsonl samples.jsonl  checkpoints/  tokenizer/  receipt.{json,md,html}
@@ -93,7 +93,7 @@ class RunFolder:
         return [by_key[k] for k in sorted(by_key)]
 
     def write_beat(self, row: dict[str, Any]) -> None:
-        """Replace heartbeat.json; not flushed to disk, since it guards against kills, not crashes."""
+        """Replace heartbeat.json; not flushed, since it guards against kills, not power cuts."""
         aside = self.file(".heartbeat")
         aside.write_text(json.dumps(row))
         os.replace(aside, self.file("heartbeat.json"))
@@ -131,7 +131,7 @@ def _open_for_append(path: Path) -> BinaryIO:
     torn = len(handle.read(back).rpartition(b"\n")[2])
     if torn:
         handle.truncate(end - torn)
-    return handle  # type: ignore[return-value]
+    return handle
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Facts about the process and the machine under it, and the thread settings that torch starts with."""
+"""Facts about the process and the machine under it; the thread settings torch starts with."""
 
 import os
 import platform

@@ -10,7 +10,7 @@ LIVE_SECONDS = 0.2
 
 def duration(seconds: float) -> str:
     """Seconds as people write them: 42s, 3m05s, 2h10m, 4d03h."""
-    total = int(round(seconds))
+    total = round(seconds)
     for unit, name, below, lower in (
         (86400, "d", 3600, "h"),
         (3600, "h", 60, "m"),

@@ -1,8 +1,10 @@
 """One picture: losses over a run as an SVG that stands alone in a page, light or dark."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 Points = Sequence[tuple[float, float]]
+Place = Callable[[float, float], tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 300, 52, 40, 16, 12
 MOST_POINTS = 400
@@ -13,7 +15,7 @@ def smooth(points: Points, *, most: int = MOST_POINTS) -> list[tuple[float, floa
     if len(points) <= most:
         return list(points)
     edges = [round(i * len(points) / most) for i in range(most + 1)]
-    return [_mean(points[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [_mean(points[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def _mean(points: Points) -> tuple[float, float]:
@@ -55,7 +57,9 @@ def loss_plot(train: Points, val: Points, *, x_label: str, band: Points = ()) ->
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{style}{"".join(parts)}</svg>'
 
 
-def _axes(low_x, high_x, low_y, high_y, place, x_label) -> str:  # type: ignore[no-untyped-def]
+def _axes(
+    low_x: float, high_x: float, low_y: float, high_y: float, place: Place, x_label: str
+) -> str:
     out = []
     for i in range(5):
         y = low_y + i / 4 * (high_y - low_y)

@@ -74,7 +74,8 @@ def _own(spec: str) -> Run:
     if not path.is_file():
         raise UserError(f"recipe {spec}: there is no file {path}")
     loaded = importlib.util.spec_from_file_location(path.stem, path)
-    assert loaded is not None and loaded.loader is not None
+    assert loaded
+    assert loaded.loader
     module = importlib.util.module_from_spec(loaded)
     sys.modules.setdefault(path.stem, module)
     try:

@@ -141,15 +141,19 @@ def rows(told: Document) -> list[tuple[str, str, str]]:
     promised, paid = told["predicted"], told["actual"]
     loss = Interval(**promised["val_loss"]) if promised["val_loss"] else None
     loss_text = f"{loss.mid:.3f} ({loss.low:.3f} to {loss.high:.3f})" if loss else "not promised"
+
+    def both(what: str, key: str, form: str) -> tuple[str, str, str]:
+        return what, _form(promised[key], form), _form(paid[key], form)
+
     return [
-        ("dollars", _form(promised["usd"], "${:.4f}"), _form(paid["usd"], "${:.4f}")),
+        both("dollars", "usd", "${:.4f}"),
         ("time", duration(promised["hours"] * 3600), duration(paid["hours"] * 3600)),
-        ("tokens", _form(promised["tokens"], "{:,.0f}"), _form(paid["tokens"], "{:,.0f}")),
-        ("tokens/s", *(_form(side["tokens_per_second"], "{:,.0f}") for side in (promised, paid))),
-        ("MFU", *(_form(side["mfu"], "{:.0%}") for side in (promised, paid))),
-        ("memory", *(_form(side["peak_memory_gib"], "{:.2f} GiB") for side in (promised, paid))),
+        both("tokens", "tokens", "{:,.0f}"),
+        both("tokens/s", "tokens_per_second", "{:,.0f}"),
+        both("MFU", "mfu", "{:.0%}"),
+        both("memory", "peak_memory_gib", "{:.2f} GiB"),
         ("val loss", loss_text, _form(paid["val_loss"], "{:.4f} nats/token")),
-        ("bits/byte", *(_form(side["val_bpb"], "{:.3f}") for side in (promised, paid))),
+        both("bits/byte", "val_bpb", "{:.3f}"),
     ]
 
 
@@ -178,9 +182,8 @@ def as_text(told: Document) -> str:
         f"{p['phase']} ${p['usd']:.4f} ({p['seconds']:.1f} s)" for p in told["phases"]
     )
     lines += [f"where     {where}"]
-    lines += [
-        f"peak      MFU is of {told['machine']['peak_tflops']:.2f} TFLOPS, {told['machine']['peak_source']}"
-    ]
+    machine = told["machine"]
+    lines += [f"peak      MFU is of {machine['peak_tflops']:.2f} TFLOPS, {machine['peak_source']}"]
     if told["sample"]:
         lines += ["sample    " + told["sample"].strip().replace("\n", "\n          ")]
     return "\n".join(lines)
@@ -199,7 +202,8 @@ def as_markdown(told: Document) -> str:
         "## Where every cent went",
         "| phase | seconds | usd |\n|---|---:|---:|\n" + "\n".join(phases),
         f"{machine['name']}, {machine['threads']} threads, {machine['precision']}, "
-        f"${machine['usd_per_hour']:.2f}/h ({machine['price_source']}); attempts: {told['attempts']}.",
+        f"${machine['usd_per_hour']:.2f}/h ({machine['price_source']}); "
+        f"attempts: {told['attempts']}.",
         "## Best checkpoint",
         f"step {told['best']['step']}, val loss {_form(told['best']['val_loss'], '{:.4f}')}.",
     ]

@@ -38,7 +38,8 @@ class Attention(nn.Module):
             y_BHTK = matmul_attention(q, k, v, mask_TT, dropout)
         else:
             y_BHTK = sdpa(q, k, v)
-        return dropout(self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D)))
+        y_BTD: Tensor = self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+        return dropout(y_BTD)
 
 
 class MLP(nn.Module):
@@ -65,7 +66,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_TT: Tensor, dropout: Dropout) -> Tensor:
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TT, dropout)
-        return x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
+        x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
+        return x_BTD
 
 
 class GPT2(nn.Module):
@@ -116,12 +118,12 @@ class GPT2(nn.Module):
         `key_B` turns dropout on (training); `reduction` is "mean" or "sum" over the targets.
         """
         T = idx_BT.shape[1]
-        assert T <= self.plan.sequence_len, f"{T} positions, the model has {self.plan.sequence_len}"
+        assert self.plan.sequence_len >= T, f"{T} positions, the model has fewer"
         dropout = Dropout(self.plan.dropout if key_B is not None else 0.0, key_B)
         x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[:T])
         for block in self.h:
             x_BTD = block(x_BTD, self.mask[:T, :T], dropout)
-        logits_BTV = self.lm_head(self.ln_f(x_BTD)).float()
+        logits_BTV: Tensor = self.lm_head(self.ln_f(x_BTD)).float()
         if targets_BT is None:
             return logits_BTV
         return F.cross_entropy(

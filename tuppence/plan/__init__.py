@@ -1,1 +1,1 @@
-"""From what was asked to what it takes: parameters, FLOPs, memory, time, dollars, loss. No torch."""
+"""From what was asked to what it takes: FLOPs, memory, time, dollars, loss. No torch."""

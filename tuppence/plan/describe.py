@@ -31,8 +31,8 @@ def plan_text(plan: Plan) -> str:
         (
             "model",
             f"{model.family}, {model.n_layer} layers x {model.n_embd}, {model.n_head} heads, "
-            f"T={model.sequence_len}, vocabulary {model.vocab_size:,}: {model.params:,} parameters, "
-            f"{model.flops_per_token / 1e6:,.1f} MFLOP/token",
+            f"T={model.sequence_len}, vocabulary {model.vocab_size:,}: {model.params:,} "
+            f"parameters, {model.flops_per_token / 1e6:,.1f} MFLOP/token",
         ),
         (
             "data",
@@ -62,7 +62,8 @@ def plan_text(plan: Plan) -> str:
         ("dollars", f"{between(told.usd, '.4f')}"),
         (
             "memory",
-            f"{between(told.peak_memory_gib, '.2f')} GiB; checkpoint {told.checkpoint_bytes / 1e6:.1f} MB",
+            f"{between(told.peak_memory_gib, '.2f')} GiB; "
+            f"checkpoint {told.checkpoint_bytes / 1e6:.1f} MB",
         ),
         ("val loss", f"{loss} nats/token; {told.val_loss_source}"),
     ]

@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ from tuppence.data.tokenizer import Tokenizer, load_tokenizer
 from tuppence.errors import DoesNotFit, Fault
 from tuppence.folder import RunFolder
 from tuppence.ledger import Meter
+from tuppence.live import Live, duration
 from tuppence.model import build
 from tuppence.train.interrupt import Interrupt, Interrupted
-from tuppence.live import Live, duration
 from tuppence.train.optim import adamw
 from tuppence.train.pace import Pace, Turn
 from tuppence.train.schedule import factor
@@ -292,7 +293,7 @@ def _evaluate(trainer: Trainer, *, deadline: float) -> None:
         trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
         _save(trainer)
         pointer = checkpoint.pointer(trainer.folder, "last")
-        assert pointer is not None and pointer.step == state.step
+        assert pointer is not None
         checkpoint.point(trainer.folder, "best", pointer)
 
 
@@ -333,7 +334,7 @@ def _sample(trainer: Trainer, deadline: float) -> None:
         vocab_size=tokenizer.vocab_size,
         deadline=deadline,
     )
-    row = {"step": trainer.state.step, "attempt": trainer.state.attempt}
+    row: dict[str, Any] = {"step": trainer.state.step, "attempt": trainer.state.attempt}
     row |= {"prompt": plan.cadence.sample_prompt, "text": tokenizer.decode(ids)}
     trainer.folder.append("samples", {**row, "temperature": 0.8, "seed": plan.step.seed})
 
@@ -357,7 +358,7 @@ def _save(trainer: Trainer) -> None:
 
 
 def _stop_if_asked(trainer: Trainer) -> None:
-    """Between steps and batches of an evaluation: say we are alive; after a signal save and stop."""
+    """Between steps and evaluation batches: say we are alive; after a signal, save and stop."""
     trainer.meter.beat()
     if trainer.interrupt.signal:
         _save(trainer)

@@ -10,9 +10,7 @@ def adamw(model: nn.Module, plan: OptimizerPlan) -> torch.optim.AdamW:
     """The optimizer over every parameter of `model` exactly once (asserted)."""
     groups: dict[str, list[nn.Parameter]] = model.parameter_groups()  # type: ignore[operator]
     owned = [id(p) for group in groups.values() for p in group]
-    assert sorted(owned) == sorted({id(p) for p in model.parameters()}), (
-        "a parameter is not owned once"
-    )
+    assert sorted(owned) == sorted({id(p) for p in model.parameters()}), "owned twice or never"
     decay = {"decay": plan.weight_decay, "no_decay": 0.0}
     return torch.optim.AdamW(
         [{"params": params, "weight_decay": decay[name]} for name, params in groups.items()],

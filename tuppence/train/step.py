@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate micro-batches, check, clip, update. What calibrate measures too."""
+"""One optimizer step: accumulate micro-batches, check, clip, update."""
 
 import contextlib
 import math
@@ -70,10 +70,10 @@ def micro_batches(
     """Cut a batch [B, T+1] into (inputs [b, T], targets [b, T], keys [b]) on the device."""
     for first in range(0, len(batch), micro_batch):
         rows = torch.from_numpy(batch[first : first + micro_batch]).to(device, non_blocking=True)
-        part = (
-            None if keys is None else torch.from_numpy(keys[first : first + micro_batch]).to(device)
-        )
-        yield rows[:, :-1], rows[:, 1:], part
+        key_B = None
+        if keys is not None:
+            key_B = torch.from_numpy(keys[first : first + micro_batch]).to(device)
+        yield rows[:, :-1], rows[:, 1:], key_B
 
 
 def dropout_keys(*, seed: int, step: int, batch_sequences: int) -> np.ndarray:

@@ -1,0 +1,36 @@
+# `make run` and `make test` each set themselves up on a fresh machine: Python 3.11 or newer is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test check bench clean
+
+run: .venv/run                      ## two cents: train a GPT on tiny Shakespeare, print its receipt
+	$(BIN)/tuppence run
+
+test: .venv/dev                     ## every test that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev                    ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=path adds the peer
+	$(BIN)/python bench/quickstart.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python bench/prepare.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(CORPUS),--corpus $(CORPUS))
+	$(BIN)/python bench/budget_sweep.py
+	$(BIN)/python bench/contention.py
+	$(BIN)/python bench/kill.py
+
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ .venv/run
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,349 @@
+"""The main job, part by part: asked, solved, spent. What `run`, `train` and `plan` are made of.
+
+    words ──asked──▶ Run ──solved──▶ Plan ──spend──▶ run folder
+
+`spend` takes a run to its end from wherever it stands: it plans what is not planned, prepares what
+is not prepared, resumes what was begun, and charges every second of it.
+"""
+
+import dataclasses
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tuppence import config, host, recipes
+from tuppence.config import DataPlan, Plan, Run
+from tuppence.errors import DoesNotFit, UserError
+from tuppence.folder import RunFolder, RunLock
+from tuppence.live import Live
+from tuppence.plan import hardware
+from tuppence.plan.asked import check_budget, check_supported
+from tuppence.plan.describe import plan_text
+from tuppence.plan.solve import solve
+
+STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
+LEARN_STEPS = 20  # a run shorter than this says too little about a step's time
+
+
+def say(text: str) -> None:
+    """To the person; stdout belongs to --json."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+# ---------------------------------------------------------------- asked
+
+
+def asked(args: Namespace) -> Run:
+    """The run that the words ask for: a recipe (the first word without `=`), then overrides."""
+    words = list(args.words)
+    spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
+    run = config.override(recipes.get(spec), words)
+    name = run.name or spec.rpartition(":")[2]
+    if not name or name != Path(name).name or name.startswith("."):
+        raise UserError(f"name={name}: a name is one word that can name a folder")
+    if run.data.source is None:
+        raise UserError("data.source is not set; say data.source='texts/*.txt' or a corpus's name")
+    run = dataclasses.replace(run, name=name)
+    check_supported(run)
+    check_budget(run.budget)
+    return run
+
+
+def threads_of(run: Run) -> int:
+    """CPU threads to use: as asked, or one for each core this process may run on."""
+    threads = run.machine.threads if run.machine.threads is not None else host.usable_cores()
+    if threads < 1:
+        raise UserError(f"machine.threads={threads}: at least 1")
+    return threads
+
+
+# ---------------------------------------------------------------- solved
+
+
+def surveyed(run: Run) -> DataPlan:
+    """The corpus as a cheap look at it tells."""
+    from tuppence.data.split import default_val_tokens
+    from tuppence.data.survey import survey
+
+    data = run.data
+    seen = survey(
+        source=data.source or "",
+        tokenizer=data.tokenizer or "gpt2",
+        text_field=data.text_field or "text",
+    )
+    val = data.val_tokens if data.val_tokens is not None else default_val_tokens(seen.tokens)
+    train = max(0, seen.tokens - val)
+    return DataPlan(
+        source=data.source or "",
+        tokenizer=data.tokenizer or "gpt2",
+        text_field=data.text_field or "text",
+        max_tokens=data.max_tokens,
+        val_tokens_asked=data.val_tokens,
+        vocab_size=seen.vocab_size,
+        train_tokens=min(train, data.max_tokens) if data.max_tokens else train,
+        val_tokens=val,
+        bytes_per_token=seen.bytes / max(1, seen.tokens),
+        inputs_sha256=None,
+        exact=seen.exact,
+    )
+
+
+def prepared(run: Run, root: Path, *, fresh: bool, tick: Any = None) -> tuple[Any, DataPlan]:
+    """Shards on disk (made now or found), and the corpus as their manifest tells."""
+    from tuppence.data.prepare import Progress, prepare
+
+    live = Live()
+
+    def progress(p: Progress) -> None:
+        share = f" {p.done_bytes / p.total_bytes:4.0%}" if p.done_bytes and p.total_bytes else ""
+        rate = f"  {p.tokens / p.seconds:,.0f} tok/s" if p.tokens and p.seconds > 0.5 else ""
+        live.show(f"preparing: {p.phase}{share}  {p.tokens:,} tokens{rate}")
+        if tick:
+            tick()
+
+    data = run.data
+    made = prepare(
+        source=data.source or "",
+        tokenizer=data.tokenizer or "gpt2",
+        root=root,
+        text_field=data.text_field or "text",
+        max_tokens=data.max_tokens,
+        val_tokens=data.val_tokens,
+        fresh=fresh,
+        on_progress=progress,
+    )
+    live.clear()
+    manifest = made.manifest
+    return made, DataPlan(
+        source=manifest.source,
+        tokenizer=data.tokenizer or "gpt2",
+        text_field=manifest.text_field,
+        max_tokens=manifest.max_tokens,
+        val_tokens_asked=data.val_tokens,
+        vocab_size=manifest.vocab_size,
+        train_tokens=manifest.train_tokens,
+        val_tokens=manifest.val_tokens,
+        bytes_per_token=manifest.bytes_per_token,
+        inputs_sha256=manifest.inputs_sha256,
+        exact=True,
+    )
+
+
+def solved(run: Run, data: DataPlan) -> Plan:
+    """The plan on this machine, measuring what was not measured before (a few seconds, once)."""
+    device = "cpu" if run.machine.gpu == "cpu" else None
+    threads = threads_of(run)
+    known = hardware.load_calibration(device or "cpu", threads) if device == "cpu" else None
+    if known is None:
+        device = device or _device(run)
+        known = hardware.load_calibration(device, threads)
+    assert device is not None
+    if known is None:
+        from tuppence.train import calibrate
+
+        say("measuring this machine (once; tuppence calibrate repeats it)")
+        known = calibrate.measure_machine(device, threads)
+        hardware.save_calibration(known)
+    plan = solve(run, data, known)
+    if plan.predicted.basis == "roofline":
+        from tuppence.train import calibrate
+
+        say("measuring this plan's step in each precision and attention (once per shape)")
+        known = calibrate.measure_step(plan, known)
+        hardware.save_calibration(known)
+        plan = solve(run, data, known)
+    return plan
+
+
+def _device(run: Run) -> str:
+    """Which device torch has here; without an NVIDIA driver, known before torch is imported."""
+    if not (Path("/proc/driver/nvidia").exists() or sys.platform == "win32"):
+        return "cpu"
+    from tuppence.train import calibrate
+
+    return calibrate.pick_device(run.machine.gpu)
+
+
+def refuse_warnings(plan: Plan, args: Namespace) -> None:
+    """`--strict` turns warnings into a refusal."""
+    if args.strict and plan.warnings:
+        raise DoesNotFit("--strict: " + "; ".join(f"{w.code}: {w.message}" for w in plan.warnings))
+
+
+# ---------------------------------------------------------------- spent
+
+
+def spend(args: Namespace) -> tuple[RunFolder, bool]:
+    """Take the run to its end, from wherever it is; True where it was there already."""
+    wanted = asked(args)
+    settings = host.settle_threads(threads_of(wanted))
+    folder = RunFolder(Path(args.runs) / str(wanted.name))
+    if args.fresh and folder.path.exists():
+        say(f"--fresh: {folder.path} is kept as {_set_aside(folder.path)}")
+    if folder.exists():
+        _check_same_run(folder, wanted)
+        if any(event["code"] == "end" for event in folder.rows("events")):
+            return folder, True
+    draft = None
+    if not folder.file("plan.json").exists():
+        draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is written before
+        refuse_warnings(draft, args)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        _attempt(args, wanted, folder, draft, settings)
+    return folder, False
+
+
+def _attempt(
+    args: Namespace, wanted: Run, folder: RunFolder, draft: Plan | None, settings: dict[str, str]
+) -> None:
+    """One attempt, charged from the process's start to its end."""
+    from tuppence.ledger import Meter
+
+    starts = [e for e in folder.rows("events") if e["code"] in ("start", "resume")]
+    attempt = len(starts) + 1
+    frozen = folder.plan() if draft is None else draft
+    meter = Meter(
+        folder,
+        usd_per_hour=frozen.machine.usd_per_hour,
+        attempt=attempt,
+        start=host.process_start(),
+    )
+    allowance = STOP_SECONDS
+    try:
+        if not folder.exists():
+            folder.write_json("run.json", dataclasses.asdict(wanted))
+        with meter.phase("prepare"):
+            made, data = prepared(wanted, Path(args.data), fresh=False, tick=meter.beat)
+        if draft is not None:
+            frozen = draft if data == draft.data else solved(wanted, data)
+            _freeze(folder, frozen)
+        elif data.inputs_sha256 != frozen.data.inputs_sha256:
+            raise UserError(
+                f"data.source={data.source} has changed since {folder.path} was planned; restore "
+                f"it, or train another run (name=... or --fresh)"
+            )
+        say(plan_text(frozen))
+        _record_environment(folder, attempt, made.folder, settings)
+
+        from tuppence.train.loop import train as train_loop
+
+        train_loop(frozen, folder, made.folder, meter=meter, attempt=attempt)
+        folder.event("end", "finished", attempt=attempt, peak_memory_gib=host.peak_rss_gib())
+        allowance = frozen.cadence.finish_seconds
+    finally:
+        meter.close(allowance=allowance)
+        folder.close()
+    _learn(frozen, folder)
+
+
+def _freeze(folder: RunFolder, found: Plan) -> None:
+    folder.write_json("plan.json", dataclasses.asdict(found))
+    words = shlex.join(["tuppence", *sys.argv[1:]])
+    folder.file("argv.txt").write_text(words + "\n", encoding="utf-8")
+
+
+def _check_same_run(folder: RunFolder, wanted: Run) -> None:
+    """A folder holds one run: other overrides are another run."""
+    there, now = config.asked(folder.run()), config.asked(wanted)
+    odd = [k for k in {**there, **now} if there.get(k) != now.get(k)]
+    if odd:
+        raise UserError(
+            f"{folder.path} holds a run with {odd[0]}={there.get(odd[0])}, not "
+            f"{now.get(odd[0])}; give this one a name (name=...), or --fresh to start over"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a folder to the first free NAME.1, NAME.2, ..."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    os.replace(path, kept)
+    return kept
+
+
+def _record_environment(
+    folder: RunFolder, attempt: int, data_folder: Path, settings: dict[str, str]
+) -> None:
+    """env.json: what the run ran on; the newest attempt's, with the earlier ones below."""
+    import numpy
+    import safetensors
+    import torch
+
+    before = folder.read_json("env.json")
+    folder.write_json(
+        "env.json",
+        {
+            "attempt": attempt,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "safetensors": safetensors.__version__,
+            },
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpu": host.cpu_name(),
+            "usable_cores": host.usable_cores(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "thread_settings": settings,
+            "process_start": host.process_start(),
+            "code_sha256": code_sha256(),
+            "git": _git_commit(),
+            "data_folder": str(data_folder),
+            "earlier_attempts": [] if before is None else [*before.pop("earlier_attempts"), before],
+        },
+    )
+
+
+def code_sha256() -> str:
+    """sha256 over the package's own source files, names and contents."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    """The commit of the source, where it runs from a checkout and git is there."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _learn(done: Plan, folder: RunFolder) -> None:
+    """Keep the step time that this run really had, for the next plan of the same shape."""
+    kept = hardware.load_calibration(done.machine.device, done.machine.threads)
+    rows = folder.latest("metrics")
+    if kept is None or len(rows) < LEARN_STEPS:
+        return
+    seconds = sorted(row["step_seconds"] for row in rows)[len(rows) // 2]
+    key = hardware.shape_key(done.model, done.step.micro_batch)
+    same = [
+        t
+        for t in kept.timings.get(key, ())
+        if (t.precision, t.attention) == (done.machine.precision, done.machine.attention)
+    ]
+    if not same:
+        return
+    micro = (seconds - same[-1].update_seconds) / done.step.accumulation
+    if micro <= 0:
+        return
+    learned = dataclasses.replace(same[-1], micro_seconds=micro, source="seen in a run")
+    hardware.save_calibration(kept.with_timings(key, [learned]))
