@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -66,10 +67,8 @@ def save(
             os.replace(final, folder.checkpoints / f".{name}.replaced")
         os.replace(aside, final)
         _flush_folder(folder.checkpoints)
-    except (OSError, RuntimeError) as error:  # safetensors raises its own RuntimeError subclass
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who was writing
         shutil.rmtree(aside, ignore_errors=True)
-        if not isinstance(error, OSError) and "I/O" not in str(error) and "Io" not in str(error):
-            raise
         raise Fault(_cannot_save(folder, state.step, error)) from error
     pointer = Pointer(state.step, name, sha256)
     point(folder, "last", pointer)

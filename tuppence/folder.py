@@ -8,6 +8,7 @@ A JSON line is appended with its newline in one write; a torn last line (a kill 
 is no line: readers pass over it and the next attempt cuts it off.
 """
 
+import errno
 import json
 import os
 import time
@@ -71,8 +72,10 @@ class RunFolder:
         assert name in LINES, name
         if name not in self._open:
             self._open[name] = _open_for_append(self.file(f"{name}.jsonl"))
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         # one write of one whole line: a kill leaves it complete, absent or torn at the very end
-        self._open[name].write(json.dumps(row, default=_finite).encode() + b"\n")
+        if self._open[name].write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file(name)))
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """The complete lines of a file, oldest first."""
@@ -132,10 +135,6 @@ def _open_for_append(path: Path) -> BinaryIO:
     if torn:
         handle.truncate(end - torn)
     return handle
-
-
-def _finite(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} in a run folder's line")
 
 
 class RunLock:

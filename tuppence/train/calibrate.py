@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
@@ -190,9 +189,11 @@ def _memory_gib(device: str) -> float:
 
 
 def _disk_write_mbs() -> float:
-    """Sequential write into the working folder, flushed, in MB/s."""
+    """Sequential write into the user's cache folder, flushed, in MB/s."""
     block = os.urandom(1 << 20)
-    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as out:
+    folder = hardware.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as out:
         started = time.perf_counter()
         for _ in range(DISK_BYTES >> 20):
             out.write(block)
