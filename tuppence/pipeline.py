@@ -42,6 +42,11 @@ def say(text: str) -> None:
 
 def asked(args: Namespace) -> Run:
     """The run that the words ask for: a recipe (the first word without `=`), then overrides."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process; start it "
+            f"without torchrun, or with --nproc_per_node=1"
+        )
     words = list(args.words)
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
     run = config.override(recipes.get(spec), words)

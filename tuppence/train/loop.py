@@ -382,3 +382,6 @@ def _finish(trainer: Trainer) -> None:
     _stop_if_asked(trainer)
     left = trainer.pace.seconds_left() - trainer.plan.cadence.finish_seconds
     _evaluate(trainer, deadline=time.monotonic() + left)
+    last = checkpoint.pointer(trainer.folder, "last")
+    if last is not None and checkpoint.pointer(trainer.folder, "best") is None:
+        checkpoint.point(trainer.folder, "best", last)  # never evaluated: what there is is the best
