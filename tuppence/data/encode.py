@@ -6,7 +6,6 @@ batches are in flight at a time, so memory does not grow with the corpus.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +19,7 @@ from tuppence.data.encoders import UnknownCharacter, unknown_character
 from tuppence.data.pieces import Piece
 from tuppence.data.tokenizer import Tokenizer
 from tuppence.errors import UserError
-
-
-def cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from tuppence.host import usable_cores
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ def encode_all(
     work: Iterable[list[Piece]], tokenizer: Tokenizer, *, dtype: np.dtype[Any]
 ) -> Iterator[Encoded]:
     """Batches encoded on all cores, in order; a few are in flight, so memory stays flat."""
-    workers = cores()
+    workers = usable_cores()
     flying: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

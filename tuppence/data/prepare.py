@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuppence.data.encode import cores, encode_all
+from tuppence.data.encode import encode_all
 from tuppence.data.formats import InputFile, Meter
 from tuppence.data.lock import locked
 from tuppence.data.pieces import batches, recut
@@ -43,6 +43,7 @@ from tuppence.data.survey import Survey, survey
 from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec, spec_identity
 from tuppence.data.writer import ShardWriter, cut_tail
 from tuppence.errors import Fault, UserError
+from tuppence.host import usable_cores
 
 __all__ = ["Prepared", "Progress", "Survey", "prepare", "survey"]
 
@@ -157,7 +158,7 @@ def _check_options(*, max_tokens: int | None, val_tokens: int | None, shard_toke
 
 
 def _hash_inputs(found: list[InputFile]) -> list[Input]:
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         hashes = list(pool.map(file_sha256, (file.path for file in found)))
     sizes = [file.path.stat().st_size for file in found]
     shown = [file.shown for file in found]

@@ -1,0 +1,80 @@
+"""Fixtures that tests share. Nothing here imports torch: the tests of `plan` run without it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuppence import host
+from tuppence.config import Budget, Data, DataPlan, Machine, Model, Run, Train
+from tuppence.plan.hardware import Calibration
+
+# What host.settle_threads does for a run, before torch is imported: on cores that others need too,
+# tests whose threads spin while they wait take five times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", host.SPIN_COUNT)
+os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own: nothing reads or writes the person's calibrations."""
+    home = tmp_path_factory.mktemp("cache")
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(home))
+    if sys.platform == "darwin":  # there the cache folder is ~/Library/Caches
+        monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Calibration:
+    """A made-up machine: two cores of a server that have bf16 units. No shape was timed on it."""
+    return Calibration(
+        version=1,
+        name="Test CPU",
+        device="cpu",
+        threads=2,
+        torch="2.11.0",
+        measured_at="2026-01-01T00:00:00+00:00",
+        matmul_tflops={"fp32": 0.15, "bf16": 0.6},
+        memory_gbs=20.0,
+        memory_gib=8.0,
+        disk_write_mbs=500.0,
+        startup_seconds=3.0,
+        startup_rss_gib=0.3,
+        timings={},
+    )
+
+
+@pytest.fixture(scope="session")
+def data_plan() -> DataPlan:
+    """Tiny Shakespeare in characters, as `prepare` finds it."""
+    return DataPlan(
+        source="shakespeare",
+        tokenizer="char",
+        text_field="text",
+        max_tokens=None,
+        val_tokens_asked=None,
+        vocab_size=65,
+        train_tokens=1_003_854,
+        val_tokens=111_540,
+        bytes_per_token=1.0,
+        inputs_sha256="0" * 64,
+        exact=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_run() -> Run:
+    """A run that plans anywhere: a small model, an hour's price, two cents."""
+    return Run(
+        name="small",
+        budget=Budget(usd=0.02),
+        machine=Machine(usd_per_hour=0.40),
+        model=Model(family="gpt2", n_layer=2, n_head=2, n_embd=64, sequence_len=32),
+        data=Data(source="shakespeare", tokenizer="char"),
+        train=Train(batch_tokens=16 * 32, learning_rate=1e-3),
+    )
