@@ -1,4 +1,4 @@
-"""The loop: golden losses, accumulation, resume, guard, evaluation; in this process, tiny models."""
+"""The loop: golden losses, accumulation, resume, guard, evaluation; tiny models in this process."""
 
 import json
 import math
@@ -39,7 +39,7 @@ TINY = [
     "train.batch_tokens=256",
     "train.learning_rate=1e-2",
     "train.precision=fp32",
-    "train.attention=sdpa",
+    "train.attention=matmul",
     "train.eval_every=10",
     "train.eval_tokens=2048",
     "train.sample_tokens=8",
@@ -122,17 +122,27 @@ def test_golden_losses(plan_of, tmp_path: Path, shards: Path) -> None:
     assert found == pytest.approx(GOLDEN, abs=1e-4), str([round(x, 6) for x in found])
 
 
-@pytest.mark.parametrize("ways", [[], ["train.precision=bf16", "train.attention=matmul"]])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["model.dropout=0.1"],
+        ["train.attention=sdpa"],
+        ["train.precision=bf16"],
+        ["train.precision=bf16", "train.attention=sdpa"],
+    ],
+)
 def test_the_same_run_twice_is_bit_for_bit_the_same(plan_of, tmp_path, shards, ways) -> None:
-    plan = plan_of("model.dropout=0.1", *ways)
+    plan = plan_of(*ways)
+    assert plan.step.workers == 2
     same_but_progress(spend(plan, tmp_path / "a", shards), spend(plan, tmp_path / "b", shards))
 
 
 @pytest.mark.parametrize("dropout", ["model.dropout=0", "model.dropout=0.2"])
 def test_accumulation_gives_the_large_batch_losses(plan_of, tmp_path, shards, dropout) -> None:
-    whole = spend(plan_of(dropout, "train.micro_batch=8"), tmp_path / "whole", shards)
-    parts = spend(plan_of(dropout, "train.micro_batch=2"), tmp_path / "parts", shards)
-    assert plan_of("train.micro_batch=2").step.accumulation == 4
+    plans = [plan_of(dropout, f"train.micro_batch={b}", "train.learning_rate=3e-3") for b in (8, 2)]
+    assert [(p.step.accumulation, p.step.workers) for p in plans] == [(1, 1), (4, 2)]
+    whole = spend(plans[0], tmp_path / "whole", shards)
+    parts = spend(plans[1], tmp_path / "parts", shards)
     assert losses(whole) == pytest.approx(losses(parts), abs=1e-5)
 
 
@@ -174,7 +184,7 @@ def test_it_learns_and_keeps_the_best(plan_of, tmp_path, shards) -> None:
     folder = spend(plan, tmp_path / "run", shards)
     evals = folder.latest("evals")
     assert [row["step"] for row in evals] == [50, 100, 150]
-    assert evals[-1]["loss"] < 3.2  # below 3.31, what the letters' frequencies alone give
+    assert evals[-1]["loss"] < 3.28  # below 3.31, what the letters' frequencies alone give
     best = min(evals, key=lambda row: row["loss"])
     pointer = checkpoint.pointer(folder, "best")
     assert pointer is not None
@@ -232,40 +242,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, first: int, count: int) -> None:
 
 
 def test_one_nan_leaves_the_weights_alone(plan_of, tmp_path, shards, monkeypatch) -> None:
-    before = spend(plan_of("budget.steps=4"), tmp_path / "before", shards)
+    plan = plan_of("budget.steps=5", "train.micro_batch=8", "train.save_every=4")
     poisoned(monkeypatch, first=5, count=1)
-    after = spend(plan_of("budget.steps=5"), tmp_path / "after", shards)
-    rows = after.latest("metrics")
+    folder = spend(plan, tmp_path / "run", shards)
+    rows = folder.latest("metrics")
     assert [row["loss"] is None for row in rows] == [False] * 4 + [True]
-    assert [e["step"] for e in after.rows("events") if e["code"] == "nonfinite_step"] == [5]
-    shas = []
-    for folder, steps in ((before, 4), (after, 5)):
-        model = GPT2(plan_of(f"budget.steps={steps}").model)
-        checkpoint.load(checkpoint.choose(folder, "last"), model)
-        shas.append([p.detach().numpy().tobytes() for p in model.parameters()])
-    assert len(losses(before)) == 4
-    # learning rates differ (4 steps against 5), so compare with the run's own fourth step instead
-    poisoned(monkeypatch, first=10**8, count=0)
-    assert shas[1] == _weights_after_skipping(plan_of("budget.steps=5"), tmp_path, shards)
-
-
-def _weights_after_skipping(plan: Plan, tmp_path: Path, shards: Path) -> list[bytes]:
-    """The weights of the same run stopped, by a signal, before its fifth step."""
-    folder = RunFolder(tmp_path / "skipping")
-    log = loop._log
-
-    def stop_at_four(trainer: loop.Trainer, *rest: object) -> None:
-        log(trainer, *rest)
-        if trainer.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_log", stop_at_four)
-        with pytest.raises(Interrupted):
-            spend(plan, folder.path, shards)
-    model = GPT2(plan.model)
-    checkpoint.load(checkpoint.choose(folder, "last"), model)
-    return [p.detach().numpy().tobytes() for p in model.parameters()]
+    assert [e["step"] for e in folder.rows("events") if e["code"] == "nonfinite_step"] == [5]
+    before, after = checkpoint.complete(folder)
+    assert (before.name, after.name) == ("step_00000004", "step_00000005")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert file_sha256(before / name) == file_sha256(after / name)
 
 
 def test_nan_after_nan_stops_the_run_and_loses_nothing(
@@ -273,7 +259,7 @@ def test_nan_after_nan_stops_the_run_and_loses_nothing(
 ) -> None:
     poisoned(monkeypatch, first=13, count=100)
     with pytest.raises(Fault, match=r"5 steps in a row up to step 17 .* step 10 is saved"):
-        spend(plan_of(), tmp_path / "run", shards)
+        spend(plan_of("train.micro_batch=8"), tmp_path / "run", shards)
     folder = RunFolder(tmp_path / "run")
     pointer = checkpoint.pointer(folder, "last")
     assert pointer is not None

@@ -23,6 +23,9 @@ from torch import nn
 from tuppence import config
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder, write_text
+from tuppence.folder import load as load_json
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class State:
     best_val_loss: float | None
     attempt: int
     saved_at: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """checkpoint.json: the hash of every other file."""
+
+    version: int
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def point(folder: RunFolder, name: str, pointer: Pointer) -> None:
 def pointer(folder: RunFolder, name: str) -> Pointer | None:
     """What `last` or `best` points at, or None where it was never set."""
     path = folder.checkpoints / f"{name}.json"
-    return config.from_json(Pointer, path.read_text()) if path.exists() else None
+    return load_json(Pointer, path) if path.exists() else None
 
 
 def complete(folder: RunFolder) -> list[Path]:
@@ -110,7 +121,8 @@ def choose(folder: RunFolder, which: str) -> Path:
         if found is None:
             raise UserError(f"{folder.path} has no {which} checkpoint yet; steps saved: {steps}")
         return folder.checkpoints / found.path
-    path = folder.checkpoints / f"step_{int(which):08d}" if which.isdigit() else Path("?")
+    digits = which.isascii() and which.isdigit()
+    path = folder.checkpoints / f"step_{int(which):08d}" if digits else Path("?")
     if path not in there:
         raise UserError(f"--checkpoint {which}: write best, last or one of the steps {steps}")
     return path
@@ -145,24 +157,28 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
         raise Fault(f"{path} is of another model: {odd[0]} stands in only one of the two")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{list(tensors[name].shape)}, not {list(parameter.shape)}"
+            raise Fault(f"{path} is of another model: {name} is {shapes}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     if optimizer is not None:
         _load_optimizer(path, model, optimizer)
-    return config.from_json(State, (path / "state.json").read_text())
+    return load_json(State, path / "state.json")
 
 
 def verify(path: Path) -> None:
     """Compare every file with its hash."""
     manifest = path / "checkpoint.json"
     try:
-        hashes: dict[str, str] = json.loads(manifest.read_text())["sha256"]
-    except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise Fault(
-            f"checkpoint {path} is damaged: checkpoint.json is missing or not readable"
-        ) from None
-    for name, expected in hashes.items():
+        found = config.from_json(Manifest, manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"checkpoint {path} is damaged: checkpoint.json: {error}") from None
+    if found.version != 1 or sorted(found.sha256) != sorted(FILES):
+        raise Fault(f"checkpoint {path} is damaged: checkpoint.json does not list its files")
+    for name, expected in found.sha256.items():
         if not (path / name).exists():
             raise Fault(f"checkpoint {path} is damaged: {name} is missing")
         if file_sha256(path / name) != expected:
@@ -185,11 +201,10 @@ def _write(aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer, stat
     save_file(tensors, aside / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
     (aside / "state.json").write_text(config.to_json(state))
-    names = ("model.safetensors", "optimizer.safetensors", "state.json")
-    for name in names:
+    for name in FILES:
         _flush(aside / name)
-    hashes = {name: file_sha256(aside / name) for name in names}
-    write_text(aside / "checkpoint.json", json.dumps({"version": 1, "sha256": hashes}) + "\n")
+    hashes = {name: file_sha256(aside / name) for name in FILES}
+    write_text(aside / "checkpoint.json", config.to_json(Manifest(1, hashes)))
     _flush_folder(aside)
     return hashes["model.safetensors"]
 

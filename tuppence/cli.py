@@ -9,6 +9,7 @@ Nothing here imports torch; verbs.py does, in the verbs that need it.
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -34,29 +35,51 @@ PLAIN_VERBS = {
 }
 
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser().parse_args(words)
+        args = _parse(words)
         from tuppence import verbs
 
         document = verbs.VERBS[args.verb](args)
         if args.json:
-            print(json.dumps(document, indent=2, allow_nan=False))
+            print(json.dumps(document, indent=2, allow_nan=False), flush=True)
+        return 0
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it on the way out)
         return 0
     except (UserError, DoesNotFit, Fault) as error:
         return _fail(words, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(words, "interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno in NOT_A_FOLDER:
+            message = f"{error.filename}: {error.strerror}; --runs and --data name folders"
+            return _fail(words, message, UserError.exit_code)
+        if error.errno not in CANNOT_WRITE:
             raise
-        return _fail(words, _disk_message(error), 1)
+        return _fail(words, _disk_message(error), Fault.exit_code)
     except Exception as error:
         if not hasattr(error, "exit_code"):  # train's Interrupted, which needs torch to import
             raise
         return _fail(words, str(error), error.exit_code)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The command line's parts; key=value may stand before or after the options."""
+    args, rest = _parser().parse_known_args(words)
+    if hasattr(args, "words"):
+        args.words += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        raise UserError(f"{rest[0]}: no such option; see tuppence {args.verb} --help")
+    args.argv = words
+    return args
 
 
 def _disk_message(error: OSError) -> str:

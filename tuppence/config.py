@@ -215,12 +215,13 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: `accumulation` micro-batches of `micro_batch` sequences."""
+    """One optimizer step: `accumulation` micro-batches of `micro_batch` sequences on `workers`."""
 
     batch_tokens: int
     batch_sequences: int
     micro_batch: int
     accumulation: int
+    workers: int
     max_steps: int | None
     seed: int
 
@@ -239,7 +240,7 @@ class CadencePlan:
     save_every_steps: int | None
     save_every_seconds: float | None
     finish_seconds: float
-    sample_prompt: str
+    sample_prompt: str | None
     sample_tokens: int
 
 
@@ -255,6 +256,8 @@ class Predicted:
     hours: Interval
     usd: Interval
     phase_seconds: dict[str, float]
+    eval_seconds: float
+    save_seconds: float
     peak_memory_gib: Interval
     checkpoint_bytes: int
     epochs: float
@@ -331,7 +334,9 @@ def _split(assignment: str) -> tuple[str, str]:
 
 def _assign(run: Run, key: str, text: str) -> Run:
     known = keys()
-    if key not in known or key == "recipe":
+    if key == "recipe":
+        raise UserError(f"recipe={text}: name the recipe without recipe=, as the first word")
+    if key not in known:
         raise UserError(f"{key}={text}: no key {key!r}{nearest(key, list(known))}")
     value = parse_value(key, text, known[key])
     group, _, leaf = key.rpartition(".")

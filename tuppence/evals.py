@@ -5,15 +5,17 @@
 Loss is per token and depends on the tokenizer; bits per byte do not.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tuppence.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,12 @@ class Evaluation:
     seconds: float
 
 
-@torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    workers: Workers,
     windows: Iterable[tuple[np.ndarray, np.ndarray]],
     *,
     of_tokens: int,
     token_bytes: np.ndarray,
-    device: str,
-    autocast: Callable[[], AbstractContextManager[None]],
     deadline: float = math.inf,
     tick: Callable[[], None] = lambda: None,
 ) -> Evaluation | None:
@@ -45,23 +44,30 @@ def evaluate(
     (time.monotonic seconds) cuts short is an unbiased sample. `tick` is called between batches.
     None where not even one batch was affordable.
     """
+
+    @torch.no_grad()
+    def score(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, np.ndarray]:
+        """Summed nats of one batch, and the tokens that were predicted."""
+        inputs, targets = batch
+        with workers.autocast():
+            total = model(inputs, targets, reduction="sum").item()
+        return total, targets[targets >= 0].cpu().numpy()
+
     started = time.monotonic()
     nats, tokens, text_bytes, longest = 0.0, 0, 0, 0.0
-    training = model.training
-    model.eval()
-    for inputs, targets in windows:
+    workers.train(False)
+    batches = iter(windows)
+    while group := list(itertools.islice(batches, len(workers))):
         before = time.monotonic()
         if before + longest > deadline:
             break
-        with autocast():
-            loss = model(_tensor(inputs, device), _tensor(targets, device), reduction="sum")
-        nats += loss.item()
-        predicted = targets[targets >= 0]
-        tokens += predicted.size
-        text_bytes += int(token_bytes[predicted].sum())
+        for total, predicted in workers.map(score, [_tensors(b, workers.device) for b in group]):
+            nats += total
+            tokens += predicted.size
+            text_bytes += int(token_bytes[predicted].sum())
         longest = max(longest, time.monotonic() - before)
         tick()
-    model.train(training)
+    workers.train()
     if not tokens:
         return None
     bpb = nats / math.log(2) / text_bytes if text_bytes else None
@@ -70,13 +76,11 @@ def evaluate(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    workers: Workers,
     prompt: list[int],
     *,
     new_tokens: int,
     context: int,
-    device: str,
-    autocast: Callable[[], AbstractContextManager[None]],
     temperature: float = 0.8,
     top_k: int | None = 200,
     seed: int = 0,
@@ -92,19 +96,18 @@ def generate(
     assert prompt, "a prompt has at least one token"
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
-    training = model.training
-    model.eval()
+    workers.train(False)
     for _ in range(new_tokens):
         if time.monotonic() > deadline:
             break
-        window = torch.tensor([ids[-context:]], device=device)
-        with autocast():
-            logits = model(window)[0, -1, :vocab_size].float().cpu()
+        window = torch.tensor([ids[-context:]], device=workers.device)
+        with workers.autocast():
+            logits = workers.model(window)[0, -1, :vocab_size].float().cpu()
         token = sample_token(logits, temperature=temperature, top_k=top_k, generator=generator)
         if token == stop:
             break
         ids.append(token)
-    model.train(training)
+    workers.train()
     return ids
 
 
@@ -120,5 +123,6 @@ def sample_token(
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
 
 
-def _tensor(array: np.ndarray, device: str) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+def _tensors(batch: tuple[np.ndarray, np.ndarray], device: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in batch)
+    return inputs, targets

@@ -14,12 +14,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from tuppence import config
 from tuppence.config import Plan, Run
 from tuppence.errors import Fault, UserError
 
+T = TypeVar("T")
 LINES = ("ledger", "metrics", "evals", "events", "samples")
 
 
@@ -50,13 +51,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is not a run folder (no run.json); `tuppence runs` lists them"
             )
-        return config.from_json(Run, self.file("run.json").read_text())
+        return load(Run, self.file("run.json"))
 
     def plan(self) -> Plan:
         """What was solved. Raises UserError where the run was not planned yet."""
         if not self.file("plan.json").exists():
             raise UserError(f"{self.path} has no plan.json yet; train it first")
-        return config.from_json(Plan, self.file("plan.json").read_text())
+        return load(Plan, self.file("plan.json"))
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON document as a whole."""
@@ -65,16 +66,21 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """A JSON document, or None where there is none."""
         path = self.file(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            raise Fault(f"{path} is damaged: not JSON") from None
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Append one line to ledger, metrics, evals, events or samples."""
         assert name in LINES, name
         if name not in self._open:
             self._open[name] = _open_for_append(self.file(f"{name}.jsonl"))
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        line, handle = json.dumps(row, allow_nan=False).encode() + b"\n", self._open[name]
         # one write of one whole line: a kill leaves it complete, absent or torn at the very end
-        if self._open[name].write(line) != len(line):
+        written = handle.write(line)
+        if written != len(line):
+            handle.truncate(handle.seek(0, os.SEEK_END) - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file(name)))
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
@@ -87,13 +93,26 @@ class RunFolder:
                 if line.endswith(b"\n"):
                     try:
                         yield json.loads(line)
-                    except json.JSONDecodeError:
+                    except ValueError:  # not JSON, or not even text
                         raise Fault(f"{path} line {number} is damaged: not JSON") from None
 
-    def latest(self, name: str, key: str = "step") -> list[dict[str, Any]]:
-        """The last row of each step, in the order of steps (a resumed run repeats some)."""
-        by_key = {row[key]: row for row in self.rows(name)}
-        return [by_key[k] for k in sorted(by_key)]
+    def latest(self, name: str) -> list[dict[str, Any]]:
+        """The row that counts of each step, in the order of steps.
+
+        A resumed run repeats some steps, and what an earlier attempt did beyond the checkpoint it
+        was resumed from never happened.
+        """
+        from_step = {
+            event["attempt"]: event["step"]
+            for event in self.rows("events")
+            if event["code"] in ("start", "resume")
+        }
+        counts: dict[int, dict[str, Any]] = {}
+        for row in self.rows(name):
+            later = [at for attempt, at in from_step.items() if attempt > row["attempt"]]
+            if row["step"] <= min(later, default=row["step"]):
+                counts[row["step"]] = row
+        return [counts[step] for step in sorted(counts)]
 
     def write_beat(self, row: dict[str, Any]) -> None:
         """Replace heartbeat.json; not flushed, since it guards against kills, not power cuts."""
@@ -109,6 +128,14 @@ class RunFolder:
         for handle in self._open.values():
             handle.close()
         self._open.clear()
+
+
+def load(kind: type[T], path: Path) -> T:
+    """A dataclass from its file. Raises Fault naming the file where it is damaged."""
+    try:
+        return config.from_json(kind, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Fault(f"{path} is damaged: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,6 +176,7 @@ class RunLock:
         if not _lock(self.handle):
             self.handle.seek(0)
             holder = self.handle.read().decode() or "unknown"
+            self.handle.close()
             raise UserError(
                 f"{self.path.parent} is being written by process {holder}; wait or stop it"
             )

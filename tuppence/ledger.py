@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tuppence.errors import Fault
 from tuppence.folder import RunFolder
 
 BEAT_SECONDS = 1.0
+WORK = ("train", "evaluate")  # phases whose results a kill can throw away
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Meter:
 
     def seconds(self) -> float:
         """Charged so far, all attempts."""
-        return self.before.seconds + self.now() - self.start
+        return self.before.seconds + max(0.0, self.now() - self.start)
 
     def usd(self) -> float:
         """Charged so far, all attempts."""
-        return self.before.usd + (self.now() - self.start) / 3600 * self.usd_per_hour
+        return self.before.usd + max(0.0, self.now() - self.start) / 3600 * self.usd_per_hour
 
     def seconds_left(self, *, usd: float | None, hours: float | None) -> float:
         """Seconds until the first of the two limits; infinite where there is none."""
@@ -77,7 +79,7 @@ class Meter:
         """Close the open interval and open the next."""
         now = self.now()
         self._append(now)
-        self._since, self._phase = now, name
+        self._since, self._phase = max(now, self._since), name
         self._beaten = 0.0
         self.beat()
 
@@ -90,7 +92,8 @@ class Meter:
         self.folder.write_beat({**self._interval(now), "pid": os.getpid()})
 
     def close(self, *, allowance: float = 0.0) -> None:
-        """Close the last interval, charging `allowance` seconds in advance for what remains."""
+        """Stop charging; `allowance` seconds are charged in advance for what remains, as save."""
+        self.switch("save")
         self._append(self.now() + allowance)
         self.folder.file("heartbeat.json").unlink(missing_ok=True)
 
@@ -112,7 +115,12 @@ class Meter:
 
 def _close_abandoned(folder: RunFolder) -> None:
     """Charge a killed attempt's open interval up to its last heartbeat."""
-    open_row = folder.read_json("heartbeat.json")
+    try:
+        open_row = folder.read_json("heartbeat.json")
+    except Fault:  # a power cut can empty it; what it said cannot be known any more
+        folder.event("heartbeat_damaged", "the last attempt's open interval is not charged")
+        folder.file("heartbeat.json").unlink()
+        return
     if open_row is None:
         return
     open_row.pop("pid", None)
@@ -131,17 +139,23 @@ def spent(folder: RunFolder) -> Spent:
 def by_phase(folder: RunFolder) -> dict[str, Spent]:
     """The ledger by phase, with work that a kill threw away moved to `lost`.
 
-    What an attempt did after the checkpoint from which the next one resumed had to be done again.
+    What an attempt trained and evaluated after the checkpoint from which the next one went on (or
+    at all, where that began anew) had to be done again.
     """
-    cuts = {e["attempt"]: e["saved_at"] for e in folder.rows("events") if e["code"] == "resume"}
+    cuts = {
+        event["attempt"]: event.get("saved_at", 0.0)
+        for event in folder.rows("events")
+        if event["code"] in ("start", "resume")
+    }
     out: dict[str, Spent] = {}
     for row in folder.rows("ledger"):
-        cut = min((at for attempt, at in cuts.items() if attempt > row["attempt"]), default=None)
-        lost = 0.0 if cut is None else max(0.0, row["end"] - max(cut, row["start"]))
-        share = lost / (row["end"] - row["start"])
-        for phase, part in ((row["phase"], 1 - share), ("lost", share)):
+        seconds, lost = row["end"] - row["start"], 0.0
+        later = [at for attempt, at in cuts.items() if attempt > row["attempt"]]
+        if later and row["phase"] in WORK:
+            lost = max(0.0, row["end"] - max(min(later), row["start"]))
+        for phase, part in ((row["phase"], seconds - lost), ("lost", lost)):
             if part > 0:
                 old = out.get(phase, Spent(0.0, 0.0))
-                seconds = (row["end"] - row["start"]) * part
-                out[phase] = Spent(old.seconds + seconds, old.usd + row["usd"] * part)
+                usd = old.usd + row["usd"] * part / seconds
+                out[phase] = Spent(old.seconds + part, usd)
     return out

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -25,6 +26,7 @@ from tuppence.live import Live
 from tuppence.plan import hardware
 from tuppence.plan.asked import check_budget, check_supported
 from tuppence.plan.describe import plan_text
+from tuppence.plan.estimate import rounds
 from tuppence.plan.solve import solve
 
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
@@ -190,19 +192,27 @@ def spend(args: Namespace) -> tuple[RunFolder, bool]:
     wanted = asked(args)
     settings = host.settle_threads(threads_of(wanted))
     folder = RunFolder(Path(args.runs) / str(wanted.name))
-    if args.fresh and folder.path.exists():
-        say(f"--fresh: {folder.path} is kept as {_set_aside(folder.path)}")
-    if folder.exists():
+    if folder.exists() and not args.fresh:
         _check_same_run(folder, wanted)
         if any(event["code"] == "end" for event in folder.rows("events")):
             return folder, True
     draft = None
-    if not folder.file("plan.json").exists():
-        draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is written before
+    if args.fresh or not folder.file("plan.json").exists():
+        draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is touched before
         refuse_warnings(draft, args)
+    if args.fresh and folder.path.exists():
+        with RunLock(folder):
+            kept = _set_aside(folder.path)
+        say(f"--fresh: {folder.path} is kept as {kept}")
+    begun = folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder):
-        _attempt(args, wanted, folder, draft, settings)
+    try:
+        with RunLock(folder):
+            _attempt(args, wanted, folder, draft, settings)
+    except (UserError, DoesNotFit):
+        if not begun and not folder.file("metrics.jsonl").exists():
+            shutil.rmtree(folder.path)  # nothing was trained: leave the name free
+        raise
     return folder, False
 
 
@@ -222,6 +232,7 @@ def _attempt(
         start=host.process_start(),
     )
     allowance = STOP_SECONDS
+    words = shlex.join(["tuppence", *args.argv])
     try:
         if not folder.exists():
             folder.write_json("run.json", dataclasses.asdict(wanted))
@@ -229,7 +240,7 @@ def _attempt(
             made, data = prepared(wanted, Path(args.data), fresh=False, tick=meter.beat)
         if draft is not None:
             frozen = draft if data == draft.data else solved(wanted, data)
-            _freeze(folder, frozen)
+            _freeze(folder, frozen, words)
         elif data.inputs_sha256 != frozen.data.inputs_sha256:
             raise UserError(
                 f"data.source={data.source} has changed since {folder.path} was planned; restore "
@@ -249,9 +260,8 @@ def _attempt(
     _learn(frozen, folder)
 
 
-def _freeze(folder: RunFolder, found: Plan) -> None:
+def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
     folder.write_json("plan.json", dataclasses.asdict(found))
-    words = shlex.join(["tuppence", *sys.argv[1:]])
     folder.file("argv.txt").write_text(words + "\n", encoding="utf-8")
 
 
@@ -339,7 +349,7 @@ def _learn(done: Plan, folder: RunFolder) -> None:
     if kept is None or len(rows) < LEARN_STEPS:
         return
     seconds = sorted(row["step_seconds"] for row in rows)[len(rows) // 2]
-    key = hardware.shape_key(done.model, done.step.micro_batch)
+    key = hardware.shape_key(done.model, done.step.micro_batch, done.step.workers)
     same = [
         t
         for t in kept.timings.get(key, ())
@@ -347,8 +357,8 @@ def _learn(done: Plan, folder: RunFolder) -> None:
     ]
     if not same:
         return
-    micro = (seconds - same[-1].update_seconds) / done.step.accumulation
-    if micro <= 0:
+    one_round = (seconds - same[-1].update_seconds) / rounds(done.step)
+    if one_round <= 0:
         return
-    learned = dataclasses.replace(same[-1], micro_seconds=micro, source="seen in a run")
+    learned = dataclasses.replace(same[-1], round_seconds=one_round, source="seen in a run")
     hardware.save_calibration(kept.with_timings(key, [learned]))

@@ -11,7 +11,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tuppence.config import Budget, Data, Machine, Model, Run, Train, nearest
+from tuppence.config import (
+    Budget,
+    Data,
+    Machine,
+    Model,
+    Run,
+    Train,
+    from_json,
+    nearest,
+    to_json,
+)
 from tuppence.errors import UserError
 
 DEFAULT = "shakespeare"
@@ -81,9 +91,7 @@ def _own(spec: str) -> Run:
     try:
         loaded.loader.exec_module(module)
     except Exception as error:  # whatever their file raises is theirs to read
-        raise UserError(
-            f"recipe {spec}: {path} fails with {type(error).__name__}: {error}"
-        ) from error
+        raise _their_fault(spec, str(path), error) from error
     return _call(spec, name, {k: f for k, f in vars(module).items() if _is_recipe(f, module)})
 
 
@@ -101,9 +109,27 @@ def _call(spec: str, name: str, functions: dict[str, Callable[[], Run]]) -> Run:
         )
     if inspect.signature(functions[name]).parameters:
         raise UserError(f"recipe {spec}: {name} must be callable without arguments")
-    run = functions[name]()
+    run = _guarded(spec, functions[name])
     if not isinstance(run, Run):
         raise UserError(
             f"recipe {spec}: {name} returned {type(run).__name__}, not tuppence.config.Run"
         )
     return dataclasses.replace(run, recipe=spec, name=run.name or name)
+
+
+def _guarded(spec: str, recipe: Callable[[], Run]) -> Run:
+    try:
+        run = recipe()
+    except Exception as error:
+        raise _their_fault(spec, recipe.__name__, error) from error
+    if isinstance(run, Run):
+        try:
+            from_json(Run, to_json(run))
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(f"recipe {spec}: {recipe.__name__} returned {error}") from None
+    return run
+
+
+def _their_fault(spec: str, where: str, error: Exception) -> UserError:
+    lines = " ".join(str(error).split())
+    return UserError(f"recipe {spec}: {where} fails with {type(error).__name__}: {lines}")

@@ -6,6 +6,7 @@ plan.json (promised)  +  ledger, metrics, evals, events (paid)  ──▶  recei
 import dataclasses
 import html
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -236,8 +237,6 @@ def as_html(told: Document, folder: RunFolder) -> str:
         "REPRODUCE": told["reproduce"] or "",
         "HASHES": json.dumps(told["hashes"], indent=1),
     }
-    for key, value in filled.items():
-        page = page.replace("{{" + key + "}}", html.escape(value))
     tables = {
         "ROWS": _table_rows(rows(told)),
         "PHASES": _table_rows(
@@ -249,9 +248,8 @@ def as_html(told: Document, folder: RunFolder) -> str:
         ),
         "PLOT": loss_plot(train, val, x_label="training tokens", band=band),
     }
-    for key, value in tables.items():
-        page = page.replace("{{" + key + "}}", value)
-    return page
+    parts = {**{key: html.escape(value) for key, value in filled.items()}, **tables}
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], page)
 
 
 def _table_rows(cells: list[tuple[str, str, str]]) -> str:

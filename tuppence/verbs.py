@@ -89,11 +89,10 @@ def evaluate(args: Namespace) -> Document:
     """Loss and bits per byte of a checkpoint on the whole val split."""
     if args.tasks != "bpb":
         raise UserError(f"--tasks {args.tasks}: this version has bpb")
-    folder, found, model, tokenizer = _load(args)
+    folder, found, workers, tokenizer = _load(args)
     from tuppence import evals
     from tuppence.checkpoint import choose
     from tuppence.data.loader import val_windows
-    from tuppence.train.step import autocast_for
 
     recorded = folder.read_json("env.json")
     data_folder = Path(recorded["data_folder"]) if recorded else Path("?")
@@ -103,12 +102,10 @@ def evaluate(args: Namespace) -> Document:
         )
     windows = val_windows(data_folder, sequence_len=found.model.sequence_len)
     result = evals.evaluate(
-        model,
+        workers,
         windows.batches(found.cadence.eval_batch),
         of_tokens=windows.tokens,
         token_bytes=tokenizer.token_bytes(),
-        device=found.machine.device,
-        autocast=autocast_for(found.machine.device, found.machine.precision),
     )
     assert result is not None
     path = choose(folder, args.checkpoint)
@@ -125,20 +122,17 @@ def sample(args: Namespace) -> Document:
     """Continue a prompt."""
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 1:
         raise UserError("--tokens and --top-k are at least 1, --temperature at least 0")
-    _, found, model, tokenizer = _load(args)
+    _, found, workers, tokenizer = _load(args)
     from tuppence import evals
-    from tuppence.train.step import autocast_for
 
     prompt = tokenizer.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("the prompt has no tokens; give at least one character")
     ids = evals.generate(
-        model,
+        workers,
         prompt,
         new_tokens=args.tokens,
         context=found.model.sequence_len,
-        device=found.machine.device,
-        autocast=autocast_for(found.machine.device, found.machine.precision),
         temperature=args.temperature,
         top_k=args.top_k,
         seed=args.seed,
@@ -157,21 +151,24 @@ def sample(args: Namespace) -> Document:
 
 
 def _load(args: Namespace) -> tuple[RunFolder, Plan, Any, Any]:
-    """A run's folder, plan, model with a checkpoint's weights, and tokenizer."""
+    """A run's folder, its plan, its model with a checkpoint's weights, and its tokenizer."""
     folder = find(args.run, Path(args.runs))
     found = folder.plan()
     host.settle_threads(found.machine.threads)
-    import torch
-
     from tuppence import checkpoint
     from tuppence.data.tokenizer import load_tokenizer
     from tuppence.model import build
+    from tuppence.workers import Workers
 
-    torch.set_num_threads(found.machine.threads)
     model = build(found.model, attention=found.machine.attention)
     checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
-    model.to(found.machine.device).eval()
-    return folder, found, model, load_tokenizer(folder.tokenizer)
+    workers = Workers(
+        model.to(found.machine.device),
+        count=found.machine.threads if found.machine.device == "cpu" else 1,
+        device=found.machine.device,
+        precision=found.machine.precision,
+    )
+    return folder, found, workers, load_tokenizer(folder.tokenizer)
 
 
 # ---------------------------------------------------------------- the rest

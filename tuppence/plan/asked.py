@@ -27,6 +27,10 @@ def check_supported(run: Run) -> None:
         if value is not None and value not in allowed:
             there_are = " or ".join(str(a) for a in allowed) or "only model.n_layer and the like"
             raise UserError(f"{key}={value}: this version has {there_are}")
+    for key in ("val_tokens", "max_tokens"):
+        value = getattr(run.data, key)
+        if value is not None and value < 1:
+            raise UserError(f"data.{key}={value}: at least 1, or leave it out")
     elsewhere = {
         "machine.cloud": run.machine.cloud,
         "machine.instance_type": run.machine.instance_type,
@@ -69,7 +73,7 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
         )
     if asked.n_kv_head not in (None, heads):
         raise UserError(f"model.n_kv_head={asked.n_kv_head}: gpt2 has as many as n_head={heads}")
-    vocab = asked.vocab_size or data.vocab_size
+    vocab = data.vocab_size if asked.vocab_size is None else asked.vocab_size
     if vocab < data.vocab_size:
         raise UserError(
             f"model.vocab_size={vocab}: tokenizer {data.tokenizer} has {data.vocab_size} tokens; "
@@ -78,6 +82,8 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
     dropout = asked.dropout or 0.0
     if not 0 <= dropout < 1:
         raise UserError(f"model.dropout={dropout:g}: a rate from 0 to below 1")
+    if dropout and run.train.attention == "sdpa":
+        raise UserError("train.attention=sdpa: model.dropout needs matmul attention")
     tied = True if asked.tied_head is None else asked.tied_head
     bias = bool(asked.bias)
     layers, length = needed["n_layer"], needed["sequence_len"]
@@ -110,7 +116,8 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
 def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
     """Sequences of the global batch. Raises UserError where it does not divide or fill."""
     length = model.sequence_len
-    batch_tokens = run.train.batch_tokens or 16 * length
+    asked = run.train.batch_tokens
+    batch_tokens = 16 * length if asked is None else asked
     if batch_tokens < 1 or batch_tokens % length:
         near = max(1, round(batch_tokens / length)) * length
         raise UserError(
@@ -158,6 +165,11 @@ def solve_recipe(run: Run) -> tuple[SchedulePlan, OptimizerPlan]:
             raise UserError(f"train.{key}={value:g}: a fraction from 0 to 1")
         return value
 
+    def below_one(key: str, value: float | None, default: float) -> float:
+        if fraction(key, value, default) == 1:
+            raise UserError(f"train.{key}=1: below 1")
+        return default if value is None else value
+
     def positive(key: str, value: float | None, default: float) -> float:
         value = default if value is None else value
         if value < 0:
@@ -179,8 +191,8 @@ def solve_recipe(run: Run) -> tuple[SchedulePlan, OptimizerPlan]:
         name="adamw",
         learning_rate=positive("learning_rate", train.learning_rate, 1e-3),
         weight_decay=positive("weight_decay", train.weight_decay, 0.1),
-        beta1=fraction("beta1", train.beta1, 0.9),
-        beta2=fraction("beta2", train.beta2, 0.95),
+        beta1=below_one("beta1", train.beta1, 0.9),
+        beta2=below_one("beta2", train.beta2, 0.95),
         eps=1e-8,
         grad_clip=positive("grad_clip", train.grad_clip, 1.0),
     )

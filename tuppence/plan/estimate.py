@@ -15,7 +15,6 @@ from tuppence.config import (
     Run,
     StepPlan,
 )
-from tuppence.errors import DoesNotFit
 from tuppence.plan import cost, loss
 from tuppence.plan.asked import divisors, limit_seconds
 from tuppence.plan.hardware import Calibration, Timing, shape_key
@@ -27,6 +26,8 @@ MEASURED_SPREAD = (0.85, 1.0, 1.3)  # 80% interval of a step's time around a mea
 ROOFLINE_SPREAD = (0.5, 1.0, 2.5)
 DISPATCH_SECONDS = 0.003  # of one forward pass over one short sequence, whatever its width
 HASH_BYTES_PER_SECOND = 1.2e9
+PREPARED_SECONDS = 0.1
+PREPARE_TOKENS_PER_SECOND = 1.5e6  # two cores, GPT-2 tokens (docs/BENCHMARKS.md)
 
 
 @dataclass(frozen=True)
@@ -44,40 +45,58 @@ def unit_seconds(
     model: ModelPlan, step: StepPlan, timing: Timing, calibration: Calibration
 ) -> UnitSeconds:
     """From a step's timing to the parts of a run."""
+    sequences = timing.micro_batch * timing.workers
     written = cost.checkpoint_bytes(model.params)
     write = written / (calibration.disk_write_mbs * 1e6) + 2 * written / HASH_BYTES_PER_SECOND
     return UnitSeconds(
         startup=calibration.startup_seconds,
-        step=step.accumulation * timing.micro_seconds + timing.update_seconds,
-        eval_token=timing.forward_seconds / (timing.micro_batch * model.sequence_len),
+        step=rounds(step) * timing.round_seconds + timing.update_seconds,
+        eval_token=timing.forward_seconds / sequences / model.sequence_len,
         sample_token=DISPATCH_SECONDS + timing.forward_seconds / timing.micro_batch,
         save=0.05 + write,
     )
 
 
+def rounds(step: StepPlan) -> int:
+    """How many micro-batches the busiest worker runs in a step."""
+    return math.ceil(step.accumulation / step.workers)
+
+
 # ---------------------------------------------------------------- how to run the step
+
+
+def workers_of(run: Run, micro: int, sequences: int, calibration: Calibration) -> int:
+    """A core each, as far as there are micro-batches; one on a GPU, or where torch compiles."""
+    if calibration.device != "cpu" or run.train.compile:
+        return 1
+    return min(calibration.threads, sequences // micro)
 
 
 def largest_micro_batch(
     run: Run, model: ModelPlan, sequences: int, calibration: Calibration
 ) -> int:
-    """The largest divisor of the batch that fits the memory (and on a CPU, roughly, the caches)."""
+    """The largest divisor of the batch that fits the memory.
+
+    On a CPU also: small enough that every core has one, and that it stays near the caches.
+    """
     best = 1
     for micro in divisors(sequences):
-        timing = choose_timing(run, model, micro, calibration)
-        room = MEMORY_SHARE * calibration.memory_gib
-        small = calibration.device != "cpu" or micro * model.sequence_len <= CPU_MICRO_TOKENS
-        if small and peak_memory_gib(model, micro, timing, calibration) <= room:
+        workers = workers_of(run, micro, sequences, calibration)
+        timing = choose_timing(run, model, micro, workers, calibration)
+        fits = peak_memory_gib(model, timing, calibration) <= MEMORY_SHARE * calibration.memory_gib
+        if calibration.device == "cpu":
+            cores = 1 if run.train.compile else min(calibration.threads, sequences)
+            fits = fits and micro * model.sequence_len <= CPU_MICRO_TOKENS and workers >= cores
+        if fits:
             best = micro
     return best
 
 
-def peak_memory_gib(
-    model: ModelPlan, micro: int, timing: Timing, calibration: Calibration
-) -> float:
-    """Predicted peak: the process itself, weights and optimizer, one micro-batch's activations."""
+def peak_memory_gib(model: ModelPlan, timing: Timing, calibration: Calibration) -> float:
+    """Predicted peak: the process, weights and optimizer, and for each worker its gradients, its
+    cast weights and one micro-batch's activations."""
     activations = cost.activation_bytes(
-        tokens=micro * model.sequence_len,
+        tokens=timing.micro_batch * model.sequence_len,
         n_layer=model.n_layer,
         n_head=model.n_head,
         n_embd=model.n_embd,
@@ -87,11 +106,15 @@ def peak_memory_gib(
         attention=timing.attention,
     )
     cast = 2 * model.params_matmul if timing.precision == "bf16" else 0
-    state = cost.state_bytes(model.params) + cast
-    return calibration.startup_rss_gib + (state + activations) / cost.GIB
+    more_gradients = 4 * model.params * (timing.workers - 1)
+    state = cost.state_bytes(model.params) + more_gradients
+    each = timing.workers * (cast + activations)
+    return calibration.startup_rss_gib + (state + each) / cost.GIB
 
 
-def choose_timing(run: Run, model: ModelPlan, micro: int, calibration: Calibration) -> Timing:
+def choose_timing(
+    run: Run, model: ModelPlan, micro: int, workers: int, calibration: Calibration
+) -> Timing:
     """The fastest measured way to run this step that the person's choices allow.
 
     Where this shape was not measured, a roofline: a share of the measured matmul ceiling.
@@ -99,13 +122,12 @@ def choose_timing(run: Run, model: ModelPlan, micro: int, calibration: Calibrati
     train = run.train
     ways = [
         t
-        for t in calibration.timings.get(shape_key(model, micro), ())
+        for t in calibration.timings.get(shape_key(model, micro, workers), ())
         if train.precision in (None, t.precision) and train.attention in (None, t.attention)
     ]
     if not ways:
-        return _roofline(run, model, micro, calibration)
-    medians = [_median(t, ways) for t in ways]
-    fastest = min(medians, key=lambda t: t.micro_seconds)
+        return _roofline(run, model, micro, workers, calibration)
+    fastest = min((_median(t, ways) for t in ways), key=lambda t: t.round_seconds)
     return dataclasses.replace(fastest, compile=train.compile or False)
 
 
@@ -113,26 +135,30 @@ def _median(timing: Timing, ways: list[Timing]) -> Timing:
     """The middle one of all measurements of the same way to run the step."""
     way = (timing.precision, timing.attention)
     same = [t for t in ways if (t.precision, t.attention) == way]
-    return sorted(same, key=lambda t: t.micro_seconds)[len(same) // 2]
+    return sorted(same, key=lambda t: t.round_seconds)[len(same) // 2]
 
 
-def _roofline(run: Run, model: ModelPlan, micro: int, calibration: Calibration) -> Timing:
+def _roofline(
+    run: Run, model: ModelPlan, micro: int, workers: int, calibration: Calibration
+) -> Timing:
     ceilings = calibration.matmul_tflops
     precision = run.train.precision or max(ceilings, key=lambda p: ceilings[p])
-    if precision not in ceilings:
-        raise DoesNotFit(f"train.precision={precision}: not on {calibration.name}")
     on_cpu = calibration.device == "cpu"
     faster = "matmul" if on_cpu and precision == "bf16" and model.sequence_len <= 512 else "sdpa"
-    flops = model.flops_per_token * micro * model.sequence_len
-    micro_seconds = flops / (ROOFLINE_SHARE * ceilings[precision] * 1e12)
+    if model.dropout:
+        faster = "matmul"
+    share = ROOFLINE_SHARE * workers / (calibration.threads if on_cpu else 1)
+    flops = model.flops_per_token * micro * workers * model.sequence_len
+    round_seconds = flops / (share * ceilings[precision] * 1e12)
     return Timing(
         precision=precision,
         attention=run.train.attention or faster,
         compile=run.train.compile or False,
         micro_batch=micro,
-        micro_seconds=micro_seconds,
+        workers=workers,
+        round_seconds=round_seconds,
         update_seconds=40 * model.params / (calibration.memory_gbs * 1e9),
-        forward_seconds=micro_seconds / 3,
+        forward_seconds=round_seconds / 3,
         source="roofline",
     )
 
@@ -167,23 +193,27 @@ def predict(
     """The run at its middle speed, and at both ends of the 80% interval."""
     limit = limit_seconds(budget, machine.usd_per_hour)
     spread = ROOFLINE_SPREAD if basis == "roofline" else MEASURED_SPREAD
-    fast, mid, slow = (_run_at(factor, limit, step, cadence, units) for factor in spread)
+    prepare = _prepare_seconds(data)
+    fast, mid, slow = (_run_at(f, limit, step, cadence, units, prepare) for f in spread)
     step_seconds = [factor * units.step for factor in spread]
     rates = [step.batch_tokens / s for s in reversed(step_seconds)]
     peak_flops = machine.peak_tflops * 1e12
     steps = [slow.steps, mid.steps, fast.steps]
-    hours = sorted(outcome.seconds / 3600 for outcome in (fast, mid, slow))
-    tokens = Interval(*(n * step.batch_tokens for n in steps))
+    hours = [min(limit, outcome.seconds) / 3600 for outcome in (fast, mid, slow)]
+    hours = [min(hours), hours[1], max(hours)]
+    tokens = Interval(*(float(n * step.batch_tokens) for n in steps))
     val_loss, source = loss.predict(data, model, tokens.mid)
     return Predicted(
         step_seconds=Interval(*step_seconds),
         tokens_per_second=Interval(*rates),
         mfu=Interval(*(rate * model.flops_per_token / peak_flops for rate in rates)),
-        steps=Interval(*steps),
+        steps=Interval(*map(float, steps)),
         tokens=tokens,
         hours=Interval(*hours),
         usd=Interval(*(h * machine.usd_per_hour for h in hours)),
         phase_seconds=mid.phases,
+        eval_seconds=_eval_seconds(cadence, units),
+        save_seconds=units.save,
         peak_memory_gib=Interval(0.85 * peak_gib, peak_gib, 1.25 * peak_gib),
         checkpoint_bytes=cost.checkpoint_bytes(model.params),
         epochs=tokens.mid / data.train_tokens,
@@ -193,22 +223,48 @@ def predict(
     )
 
 
+def _prepare_seconds(data: DataPlan) -> float:
+    """Seconds until shards are there; those that are there are found, and their inputs hashed."""
+    if data.inputs_sha256 is not None:
+        return PREPARED_SECONDS
+    return PREPARED_SECONDS + (data.train_tokens + data.val_tokens) / PREPARE_TOKENS_PER_SECOND
+
+
+def _eval_seconds(cadence: CadencePlan, units: UnitSeconds) -> float:
+    return cadence.eval_tokens * units.eval_token + cadence.sample_tokens * units.sample_token
+
+
 def _run_at(
-    factor: float, limit: float, step: StepPlan, cadence: CadencePlan, units: UnitSeconds
+    factor: float,
+    limit: float,
+    step: StepPlan,
+    cadence: CadencePlan,
+    units: UnitSeconds,
+    prepare: float,
 ) -> _Outcome:
     """The run if computing takes `factor` times what is expected, within `limit` seconds."""
-    one_eval = cadence.eval_tokens * units.eval_token + cadence.sample_tokens * units.sample_token
+    one_step = units.step * factor
+    one_eval = _eval_seconds(cadence, units) * factor
+    ends = units.startup + prepare + cadence.finish_seconds
     steps = math.inf if step.max_steps is None else step.max_steps
-    evals = 1 / cadence.eval_every_progress if cadence.eval_every_progress else 1.0
-    if cadence.eval_every_steps and not math.isinf(steps):
-        evals = max(1.0, steps / cadence.eval_every_steps)
+    if cadence.eval_every_steps:  # each with its evaluation's and save's share, and one at the end
+        side = (one_eval + units.save) / cadence.eval_every_steps
+        steps = min(steps, _fitting(limit - ends - one_eval - units.save, one_step + side))
+        evals = 1 + (steps - 1) // cadence.eval_every_steps
+    else:
+        assert cadence.eval_every_progress is not None
+        evals = round(1 / cadence.eval_every_progress)
+        steps = min(steps, _fitting(limit - ends - evals * (one_eval + units.save), one_step))
     phases = {
         "provision": units.startup,
-        "train": 0.0,
-        "evaluate": evals * one_eval * factor,
+        "prepare": prepare,
+        "train": steps * one_step,
+        "evaluate": evals * one_eval,
         "save": evals * units.save + cadence.finish_seconds,  # each better evaluation saves
     }
-    if not math.isinf(limit):
-        left = limit - sum(phases.values())
-        steps = min(steps, max(0, math.floor(left / (units.step * factor))))
-    return _Outcome(steps, {**phases, "train": steps * units.step * factor})
+    return _Outcome(steps, phases)
+
+
+def _fitting(seconds: float, each: float) -> float:
+    """How many whole steps fit; infinite where nothing limits them."""
+    return seconds if math.isinf(seconds) else max(0, math.floor(seconds / each))

@@ -18,13 +18,18 @@ KEPT_TIMINGS = 5  # per shape: enough to see a spread, few enough to follow a ch
 
 @dataclass(frozen=True)
 class Timing:
-    """One way to run one model's step here, measured. Seconds of one micro-batch, one update."""
+    """One way to run one model's step here, measured.
+
+    A round is one micro-batch on each of `workers` at once: `round_seconds` forward and backward,
+    `forward_seconds` forward alone. `update_seconds` is the optimizer's, once a step.
+    """
 
     precision: str
     attention: str
     compile: bool
     micro_batch: int
-    micro_seconds: float
+    workers: int
+    round_seconds: float
     update_seconds: float
     forward_seconds: float
     source: str
@@ -57,14 +62,14 @@ class Calibration:
         return replace(self, timings={**self.timings, key: tuple(flat)})
 
 
-def shape_key(model: config.ModelPlan, micro_batch: int) -> str:
+def shape_key(model: config.ModelPlan, micro_batch: int, workers: int) -> str:
     """Names a step's shape; what has the same key takes the same time."""
     head = "tied" if model.tied_head else "untied"
     bias = "bias" if model.bias else "nobias"
     drop = f"-p{model.dropout:g}" if model.dropout else ""
     return (
         f"{model.family}-{model.n_layer}x{model.n_embd}x{model.n_head}-T{model.sequence_len}"
-        f"-V{model.vocab_size}-{head}-{bias}{drop}-b{micro_batch}"
+        f"-V{model.vocab_size}-{head}-{bias}{drop}-b{micro_batch}x{workers}"
     )
 
 

@@ -40,6 +40,7 @@ from tuppence.plan.estimate import (
     peak_memory_gib,
     predict,
     unit_seconds,
+    workers_of,
 )
 from tuppence.plan.hardware import Calibration, Timing
 
@@ -58,8 +59,8 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     budget = check_budget(run.budget)
     model = solve_model(run, data)
     step = _solve_step(run, budget, data, model, calibration)
-    timing = choose_timing(run, model, step.micro_batch, calibration)
-    peak_gib = peak_memory_gib(model, step.micro_batch, timing, calibration)
+    timing = choose_timing(run, model, step.micro_batch, step.workers, calibration)
+    peak_gib = peak_memory_gib(model, timing, calibration)
     _check_memory(step, peak_gib, calibration)
     machine = _solve_machine(run, calibration, timing)
     units = unit_seconds(model, step, timing, calibration)
@@ -110,17 +111,20 @@ def _solve_step(
         batch_sequences=sequences,
         micro_batch=micro,
         accumulation=sequences // micro,
+        workers=workers_of(run, micro, sequences, calibration),
         max_steps=max_steps(budget, batch_tokens),
         seed=seed,
     )
 
 
 def _solve_machine(run: Run, calibration: Calibration, timing: Timing) -> MachinePlan:
-    if run.machine.gpu not in (None, "cpu") and calibration.device == "cpu":
-        raise DoesNotFit(
-            f"machine.gpu={run.machine.gpu}: this machine has no CUDA GPU that torch can use; "
-            f"leave it out to train on the CPU"
-        )
+    wanted = {"gpu": run.machine.gpu, "gpu_count": run.machine.gpu_count}
+    for key, value in wanted.items():
+        if value not in (None, "cpu", 0) and calibration.device == "cpu":
+            raise DoesNotFit(
+                f"machine.{key}={value}: this machine has no CUDA GPU that torch can use; leave it "
+                f"out to train on the CPU"
+            )
     price = run.machine.usd_per_hour
     if price is not None and price <= 0:
         raise UserError(f"machine.usd_per_hour={price:g}: a price is more than zero")
@@ -177,7 +181,7 @@ def _solve_cadence(
         save_every_steps=train.save_every,
         save_every_seconds=None if train.save_every else SAVE_SECONDS,
         finish_seconds=FINISH_SECONDS,
-        sample_prompt="\n" if train.sample_prompt is None else train.sample_prompt,
+        sample_prompt=train.sample_prompt,
         sample_tokens=samples if train.sample_tokens is None else train.sample_tokens,
     )
 

@@ -10,17 +10,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import torch
+from torch import nn
 
 from tuppence import host
-from tuppence.config import ModelPlan, OptimizerPlan, Plan
+from tuppence.config import Plan
 from tuppence.model import build
 from tuppence.plan import hardware
 from tuppence.plan.hardware import Calibration, Timing
 from tuppence.train.optim import adamw
-from tuppence.train.step import autocast_for, train_step
+from tuppence.train.step import MicroBatch, train_step
+from tuppence.workers import Workers
 
 MATMUL_SECONDS = 0.25
 DISK_BYTES = 32 << 20
@@ -37,7 +40,7 @@ def pick_device(gpu: str | None) -> str:
 
 def measure_machine(device: str, threads: int) -> Calibration:
     """Ceilings of this machine. About two seconds; the machine should have nothing else to do."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # cores are used as workers, and so they are measured
     started = time.time() - host.process_start()
     rss = host.peak_rss_gib() or 0.4  # before the measurements fill memory of their own
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +51,7 @@ def measure_machine(device: str, threads: int) -> Calibration:
         threads=threads,
         torch=torch.__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        matmul_tflops={name: _matmul_tflops(device, kind) for name, kind in kinds.items()},
+        matmul_tflops={name: _matmul_tflops(device, kind, threads) for name, kind in kinds.items()},
         memory_gbs=_memory_gbs(device),
         memory_gib=_memory_gib(device),
         disk_write_mbs=_disk_write_mbs(),
@@ -63,23 +66,21 @@ def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
 
     A micro-batch too large for a few seconds is timed in part and scaled up.
     """
-    torch.set_num_threads(calibration.threads)
-    device, micro = calibration.device, plan.step.micro_batch
-    tokens = max(1.0, PROBE_FLOPS / plan.model.flops_per_token)
-    probed = max(1, min(micro, int(tokens / plan.model.sequence_len)))
+    micro = plan.step.micro_batch
+    affordable = PROBE_FLOPS / plan.model.flops_per_token / plan.model.sequence_len
+    probed = max(1, min(micro, int(affordable)))
     timings = []
-    for precision, attention in _ways(plan, device):
-        timing = _time_step(plan.model, plan.optimizer, device, precision, attention, probed)
-        scale = micro / probed
+    for precision, attention in _ways(plan, calibration.device):
+        timing = _time_step(plan, calibration.device, precision, attention, probed)
         timings.append(
             dataclasses.replace(
                 timing,
                 micro_batch=micro,
-                micro_seconds=timing.micro_seconds * scale,
-                forward_seconds=timing.forward_seconds * scale,
+                round_seconds=timing.round_seconds * micro / probed,
+                forward_seconds=timing.forward_seconds * micro / probed,
             )
         )
-    key = hardware.shape_key(plan.model, micro)
+    key = hardware.shape_key(plan.model, micro, plan.step.workers)
     return calibration.with_timings(key, timings)
 
 
@@ -91,49 +92,37 @@ def _ways(plan: Plan, device: str) -> list[tuple[str, str]]:
     return [(p, a) for p in ("bf16", "fp32") for a in attentions]
 
 
-def _time_step(
-    model_plan: ModelPlan,
-    optimizer_plan: OptimizerPlan,
-    device: str,
-    precision: str,
-    attention: str,
-    micro: int,
-) -> Timing:
-    model = build(model_plan, attention=attention).to(device)
+def _time_step(plan: Plan, device: str, precision: str, attention: str, micro: int) -> Timing:
+    model = build(plan.model, attention=attention).to(device)
     model.init_weights(0)
-    optimizer = adamw(model, optimizer_plan)
-    autocast = autocast_for(device, precision)
+    optimizer = adamw(model, plan.optimizer)
+    workers = Workers(model, count=plan.step.workers, device=device, precision=precision)
     generator = torch.Generator().manual_seed(0)
-    shape = (micro, model_plan.sequence_len)
-    tokens = torch.randint(model_plan.vocab_size, shape, generator=generator).to(device)
-    key_B = torch.zeros(micro, dtype=torch.int64, device=device) if model_plan.dropout else None
+    shape = (micro, plan.model.sequence_len)
+    tokens = torch.randint(plan.model.vocab_size, shape, generator=generator).to(device)
+    key_B = torch.zeros(micro, dtype=torch.int64, device=device) if plan.model.dropout else None
+    one_round = [MicroBatch(tokens, tokens, key_B)] * len(workers)
 
-    def step(accumulation: int) -> Callable[[], object]:
-        return lambda: train_step(
-            model,
-            optimizer,
-            [(tokens, tokens, key_B)] * accumulation,
-            accumulation=accumulation,
-            learning_rate=0.0,
-            grad_clip=1.0,
-            autocast=autocast,
-        )
+    def step(rounds: int) -> Callable[[], object]:
+        batch = one_round * rounds
+        return lambda: train_step(workers, optimizer, batch, learning_rate=0.0, grad_clip=1.0)
 
-    def forward() -> None:
-        with torch.no_grad(), autocast():
-            model(tokens, tokens, reduction="sum")
+    def forward(model: nn.Module, batch: MicroBatch) -> None:
+        with torch.no_grad(), workers.autocast():
+            model(batch.inputs, batch.targets, reduction="sum")
 
     one = _seconds(step(1), device)
     two = _seconds(step(2), device) if one < 1.0 else one * 1.9
-    micro_seconds = min(one, max(0.5 * one, two - one))
+    round_seconds = min(one, max(0.5 * one, two - one))
     return Timing(
         precision=precision,
         attention=attention,
         compile=False,
         micro_batch=micro,
-        micro_seconds=micro_seconds,
-        update_seconds=one - micro_seconds,
-        forward_seconds=_seconds(forward, device),
+        workers=len(workers),
+        round_seconds=round_seconds,
+        update_seconds=one - round_seconds,
+        forward_seconds=_seconds(lambda: workers.map(forward, one_round), device),
         source="measured by calibrate",
     )
 
@@ -158,18 +147,28 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _matmul_tflops(device: str, kind: torch.dtype) -> float:
-    """The best rate over square matmuls of three sizes, in 1e12 FLOPs a second."""
+def _matmul_tflops(device: str, kind: torch.dtype, threads: int) -> float:
+    """Square matmuls of three sizes, in 1e12 FLOPs a second: the sum of each core's best."""
+    if device != "cpu":
+        return max(_best_rate(device, kind, n) for n in (2048, 4096, 8192))
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        at_once = [
+            sum(pool.map(lambda _, size=n: _best_rate(device, kind, size), range(threads)))
+            for n in (256, 512, 1024)
+        ]
+    return max(at_once)
+
+
+def _best_rate(device: str, kind: torch.dtype, n: int) -> float:
     best = 0.0
-    for n in (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192):
-        a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
-        deadline = time.perf_counter() + MATMUL_SECONDS / 3
-        while time.perf_counter() < deadline:
-            _synchronise(device)
-            started = time.perf_counter()
-            torch.mm(a, b)
-            _synchronise(device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - started) / 1e12)
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    deadline = time.perf_counter() + MATMUL_SECONDS / 3
+    while time.perf_counter() < deadline:
+        _synchronise(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        _synchronise(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - started) / 1e12)
     return best
 
 

@@ -26,7 +26,7 @@ from tuppence.checkpoint import State
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, rolling_sha, val_windows
 from tuppence.data.tokenizer import Tokenizer, load_tokenizer
-from tuppence.errors import DoesNotFit, Fault
+from tuppence.errors import DoesNotFit, Fault, UserError
 from tuppence.folder import RunFolder
 from tuppence.ledger import Meter
 from tuppence.live import Live, duration
@@ -35,13 +35,8 @@ from tuppence.train.interrupt import Interrupt, Interrupted
 from tuppence.train.optim import adamw
 from tuppence.train.pace import Pace, Turn
 from tuppence.train.schedule import factor
-from tuppence.train.step import (
-    StepResult,
-    autocast_for,
-    dropout_keys,
-    micro_batches,
-    train_step,
-)
+from tuppence.train.step import StepResult, dropout_keys, micro_batches, train_step
+from tuppence.workers import Workers
 
 BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
 KEEP_LAST = 2
@@ -72,7 +67,8 @@ class Trainer:
     loader: Loader
     data_folder: Path
     tokenizer: Tokenizer
-    model: torch.nn.Module
+    workers: Workers
+    prompt: list[int]
     optimizer: torch.optim.Optimizer
     state: State
     saved_step: int = -1
@@ -113,15 +109,17 @@ def _set_up(
     live: Live,
     interrupt: Interrupt,
 ) -> Trainer:
-    torch.set_num_threads(plan.machine.threads)
+    torch.set_num_threads(max(1, plan.machine.threads // plan.step.workers))
     device = plan.machine.device
+    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    prompt = prompt_ids(plan, tokenizer, data_folder)
     model = build(plan.model, attention=plan.machine.attention).to(device)
     optimizer = adamw(model, plan.optimizer)
     state = checkpoint.load_newest(folder, model, optimizer)
     if state is None:
         model.init_weights(plan.step.seed)
         state = FIRST_STATE
-        folder.event("start", "from the beginning", attempt=attempt)
+        folder.event("start", "from the beginning", attempt=attempt, step=0)
     else:
         live.say(f"resuming from step {state.step} (attempt {attempt})")
         message = f"from step {state.step}"
@@ -140,8 +138,14 @@ def _set_up(
             seed=plan.step.seed,
         ),
         data_folder=data_folder,
-        tokenizer=load_tokenizer(data_folder / "tokenizer"),
-        model=torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        workers=Workers(
+            torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
+            count=plan.step.workers,
+            device=device,
+            precision=plan.machine.precision,
+        ),
+        prompt=prompt,
         optimizer=optimizer,
         state=replace(state, attempt=attempt),
         saved_step=state.step if state.step else -1,
@@ -151,6 +155,27 @@ def _set_up(
         folder.tokenizer.mkdir(parents=True, exist_ok=True)
         trainer.tokenizer.save(folder.tokenizer)
     return trainer
+
+
+def prompt_ids(plan: Plan, tokenizer: Tokenizer, data_folder: Path) -> list[int]:
+    """The tokens that samples continue: of the prompt asked for, or of a newline.
+
+    Where the tokenizer has no newline it is the first token of the val split. Raises UserError for
+    a prompt that cannot be encoded, before any money is spent on training.
+    """
+    asked = plan.cadence.sample_prompt
+    try:
+        ids: list[int] = tokenizer.encode("\n" if asked is None else asked).tolist()
+    except UserError as error:
+        if asked is not None:
+            raise UserError(f"train.sample_prompt={asked!r}: {error}") from None
+        ids = []
+    if asked is not None and not ids:
+        raise UserError("train.sample_prompt is empty; give a character, or leave it out")
+    if ids:
+        return ids
+    first = val_windows(data_folder, sequence_len=1, max_tokens=1)
+    return [int(next(first.batches(1))[0][0, 0])]
 
 
 # ---------------------------------------------------------------- a step
@@ -164,7 +189,7 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     tokens_sha = rolling_sha(state.tokens_sha, batch)
     learning_rate = plan.optimizer.learning_rate * factor(turn.progress, plan.schedule)
     result = train_step(
-        trainer.model,
+        trainer.workers,
         trainer.optimizer,
         micro_batches(
             batch,
@@ -172,11 +197,8 @@ def _step(trainer: Trainer, turn: Turn) -> None:
             device=plan.machine.device,
             keys=_keys(plan, state.step),
         ),
-        accumulation=plan.step.accumulation,
         learning_rate=learning_rate,
         grad_clip=plan.optimizer.grad_clip,
-        autocast=autocast_for(plan.machine.device, plan.machine.precision),
-        tick=trainer.meter.beat,
     )
     seconds = time.monotonic() - started
     trainer.pace.step_took(seconds)
@@ -254,7 +276,9 @@ def _guard(trainer: Trainer, result: StepResult) -> None:
 
 def _due_evaluation(trainer: Trainer, previous: float) -> bool:
     """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
-    cadence, state = trainer.plan.cadence, trainer.state
+    cadence, state, pace = trainer.plan.cadence, trainer.state, trainer.pace
+    if pace.timed and not pace.room_for(pace.eval_seconds + pace.save_seconds):
+        return False
     if cadence.eval_every_steps is not None:
         return state.step % cadence.eval_every_steps == 0
     assert cadence.eval_every_progress is not None
@@ -263,7 +287,9 @@ def _due_evaluation(trainer: Trainer, previous: float) -> bool:
 
 
 def _due_save(trainer: Trainer) -> bool:
-    cadence = trainer.plan.cadence
+    cadence, pace = trainer.plan.cadence, trainer.pace
+    if pace.timed and not pace.room_for(pace.save_seconds):
+        return False
     if cadence.save_every_steps is not None:
         return trainer.state.step % cadence.save_every_steps == 0
     assert cadence.save_every_seconds is not None
@@ -288,7 +314,7 @@ def _evaluate(trainer: Trainer, *, deadline: float) -> None:
         trainer.live.say(f"step {state.step:,}: val loss {result.loss:.4f}{bits}")
         _sample(trainer, deadline)
     if math.isinf(deadline):  # one that was not cut short says what the last one will take
-        trainer.pace.eval_seconds = time.monotonic() - started
+        trainer.pace.evaluation_took(time.monotonic() - started)
     if state.best_val_loss is None or result.loss < state.best_val_loss:
         trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
         _save(trainer)
@@ -305,12 +331,10 @@ def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
         max_tokens=plan.cadence.eval_tokens,
     )
     return evals.evaluate(
-        trainer.model,
+        trainer.workers,
         windows.batches(plan.cadence.eval_batch),
         of_tokens=windows.tokens,
         token_bytes=trainer.tokenizer.token_bytes(),
-        device=plan.machine.device,
-        autocast=autocast_for(plan.machine.device, plan.machine.precision),
         deadline=deadline,
         tick=lambda: _stop_if_asked(trainer),
     )
@@ -319,23 +343,20 @@ def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
 def _sample(trainer: Trainer, deadline: float) -> None:
     """Let the model speak, and keep what it says."""
     plan, tokenizer = trainer.plan, trainer.tokenizer
-    prompt = tokenizer.encode(plan.cadence.sample_prompt).tolist()
-    if not plan.cadence.sample_tokens or not prompt:
+    if not plan.cadence.sample_tokens:
         return
     ids = evals.generate(
-        trainer.model,
-        prompt,
+        trainer.workers,
+        trainer.prompt,
         new_tokens=plan.cadence.sample_tokens,
         context=plan.model.sequence_len,
-        device=plan.machine.device,
-        autocast=autocast_for(plan.machine.device, plan.machine.precision),
         seed=plan.step.seed,
         stop=tokenizer.end_of_text,
         vocab_size=tokenizer.vocab_size,
         deadline=deadline,
     )
     row: dict[str, Any] = {"step": trainer.state.step, "attempt": trainer.state.attempt}
-    row |= {"prompt": plan.cadence.sample_prompt, "text": tokenizer.decode(ids)}
+    row |= {"prompt": tokenizer.decode(trainer.prompt), "text": tokenizer.decode(ids)}
     trainer.folder.append("samples", {**row, "temperature": 0.8, "seed": plan.step.seed})
 
 
@@ -347,7 +368,7 @@ def _save(trainer: Trainer) -> None:
     with trainer.meter.phase("save"):
         trainer.state = replace(trainer.state, saved_at=time.time())
         pointer = checkpoint.save(
-            trainer.folder, _bare(trainer.model), trainer.optimizer, trainer.state
+            trainer.folder, _bare(trainer.workers.model), trainer.optimizer, trainer.state
         )
         checkpoint.retain(trainer.folder, keep_last=KEEP_LAST)
     trainer.last_save = time.monotonic()
@@ -377,6 +398,9 @@ def _finish(trainer: Trainer) -> None:
             f"the budget was spent before the first step: start-up took "
             f"{trainer.meter.seconds():.1f} s of charged time; give a larger budget"
         )
+    if trainer.state.progress < 1:
+        message = f"time ran out at progress {trainer.state.progress:.3f}, before the last step"
+        trainer.folder.event("late_end", message, step=trainer.state.step)
     trainer.state = replace(trainer.state, finished=True)
     _save(trainer)
     _stop_if_asked(trainer)

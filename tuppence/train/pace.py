@@ -36,10 +36,9 @@ class Pace:
         self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
         self.timed = self.limit_usd is not None or self.limit_hours is not None
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        phases, tokens = plan.predicted.phase_seconds, plan.cadence.eval_tokens
-        evals = 1 / plan.cadence.eval_every_progress if plan.cadence.eval_every_progress else 1
-        self.eval_seconds = phases["evaluate"] / evals if tokens else 0.0
-        self.save_seconds = (phases["save"] - plan.cadence.finish_seconds) / evals
+        self.eval_seconds = plan.predicted.eval_seconds
+        self.save_seconds = plan.predicted.save_seconds
+        self.eval_measured = False
 
     def step_took(self, seconds: float) -> None:
         self._recent.append(seconds)
@@ -57,8 +56,19 @@ class Pace:
     def reserve(self) -> float:
         """Seconds that the end of the run needs: save, evaluate, sample, receipt, exit."""
         held = HELD_BACK * (self.meter.seconds() + self.seconds_left()) if self.timed else 0.0
-        end = 1.5 * self.save_seconds + 1.1 * self.eval_seconds
+        evaluation = self.eval_seconds
+        if not self.eval_measured:  # a guess: as far off as the guess of a step was
+            slower = self.step_seconds() / self.plan.predicted.step_seconds.mid
+            evaluation *= max(1.0, slower)
+        end = 1.5 * self.save_seconds + 1.1 * evaluation
         return end + self.plan.cadence.finish_seconds + held
+
+    def evaluation_took(self, seconds: float) -> None:
+        self.eval_seconds, self.eval_measured = seconds, True
+
+    def room_for(self, seconds: float) -> bool:
+        """Whether something that takes so long fits in before the last steps and the end."""
+        return self.seconds_left() - self.reserve() > 1.5 * seconds + 4 * self.step_seconds()
 
     def next(self, step: int) -> Turn | None:
         """The turn of step number `step` (from 0), or None when it cannot be afforded."""
@@ -69,11 +79,19 @@ class Pace:
             fraction = (step + 1) / self.plan.step.max_steps
             last = step + 1 == self.plan.step.max_steps
         if self.timed:
-            left = self.seconds_left() - self.reserve()
             one = self.step_seconds()
+            left = self.seconds_left() - self.reserve()
             if left < one:
-                return None
+                return self._landing(step, one)
             spent = self.meter.seconds()
             fraction = max(fraction, (spent + one) / (spent + left))
-            last = last or left - one < CAUTION * one
+            # behind the last step another one stays free: for this one, should it take that long
+            last = last or left - one < (1 + CAUTION) * one
         return Turn(1.0 if last else min(fraction, math.nextafter(1, 0)), last)
+
+    def _landing(self, step: int, one: float) -> Turn | None:
+        """A late last step: the steps before took far longer than usual, and the learning rate is
+        still up. It is paid out of the evaluation, which its deadline will cut short."""
+        must = 1.5 * self.save_seconds + self.plan.cadence.finish_seconds
+        late = step > 0 and self.seconds_left() - must > CAUTION * one
+        return Turn(1.0, last=True) if late else None

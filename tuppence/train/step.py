@@ -1,24 +1,23 @@
 """One optimizer step: accumulate micro-batches, check, clip, update."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Autocast = Callable[[], AbstractContextManager[None]]
+from tuppence.workers import Workers
 
 
-def autocast_for(device: str, precision: str) -> Autocast:
-    """A context in which matmuls run in the planned precision; weights stay fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext
-    assert precision == "bf16", precision
-    return lambda: torch.autocast(device, dtype=torch.bfloat16)
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass takes: tokens [b, T] twice, dropout keys [b] or None."""
+
+    inputs: Tensor
+    targets: Tensor
+    key_B: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,49 +30,52 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
+    workers: Workers,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    batch: Sequence[MicroBatch],
     *,
-    accumulation: int,
     learning_rate: float,
     grad_clip: float,
-    autocast: Autocast,
-    tick: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Take one step over `accumulation` micro-batches of (inputs, targets, dropout keys).
+    """Take one step over the micro-batches of a batch, all of the same size.
 
-    All micro-batches have the same number of tokens, so the mean of their means is the large
-    batch's mean. A loss or gradient that is not finite leaves weights and optimizer untouched.
+    The mean of their means is the large batch's mean. A loss or gradient that is not finite leaves
+    weights and optimizer untouched.
     """
-    loss = torch.zeros(())
-    for inputs, targets, key_B in micro_batches:
-        with autocast():
-            micro_loss = model(inputs, targets, key_B=key_B) / accumulation
-        micro_loss.backward()
-        loss = loss.to(micro_loss.device) + micro_loss.detach()
-        tick()
+
+    def backward(model: nn.Module, micro: MicroBatch) -> Tensor:
+        with workers.autocast():
+            loss: Tensor = model(micro.inputs, micro.targets, key_B=micro.key_B) / len(batch)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    loss = torch.stack(workers.map(backward, batch)).sum().item()
+    workers.sum_gradients()
     clip = grad_clip if grad_clip > 0 else math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    finite = math.isfinite(grad_norm) and math.isfinite(loss.item())
+    grad_norm = torch.nn.utils.clip_grad_norm_(workers.model.parameters(), clip).item()
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss.item(), grad_norm, finite)
+    return StepResult(loss, grad_norm, finite)
 
 
 def micro_batches(
     batch: np.ndarray, *, micro_batch: int, device: str, keys: np.ndarray | None
-) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
-    """Cut a batch [B, T+1] into (inputs [b, T], targets [b, T], keys [b]) on the device."""
-    for first in range(0, len(batch), micro_batch):
-        rows = torch.from_numpy(batch[first : first + micro_batch]).to(device, non_blocking=True)
-        key_B = None
-        if keys is not None:
-            key_B = torch.from_numpy(keys[first : first + micro_batch]).to(device)
-        yield rows[:, :-1], rows[:, 1:], key_B
+) -> list[MicroBatch]:
+    """Cut a batch [B, T+1], with a dropout key for each row, into micro-batches on the device."""
+    rows = torch.from_numpy(batch).to(device, non_blocking=True)
+    key_B = None if keys is None else torch.from_numpy(keys).to(device)
+    return [
+        MicroBatch(
+            rows[i : i + micro_batch, :-1],
+            rows[i : i + micro_batch, 1:],
+            None if key_B is None else key_B[i : i + micro_batch],
+        )
+        for i in range(0, len(batch), micro_batch)
+    ]
 
 
 def dropout_keys(*, seed: int, step: int, batch_sequences: int) -> np.ndarray:
