@@ -1,4 +1,4 @@
-"""Thirty runs over dollars, hours, tokens and steps: is the spend 97-100% of the budget, never above?
+"""Thirty runs over dollars, hours, tokens and steps: is the spend 97-100%, and never above?
 
     python bench/budget_sweep.py [--runs 30] [--seed 0]
 
@@ -62,9 +62,10 @@ def one_run(folder: Path, number: int, chance: random.Random) -> bool:
         faults.append("not exact")
     if last["lr"] != 0:
         faults.append(f"last lr {last['lr']:.2g}")
+    asked = f"{seconds} s" if kind in ("usd", "hours") else ""
     print(
-        f"{number:3d} {kind:6s} ${price:8.3f}/h {seconds if kind in ('usd', 'hours') else '':>4} "
-        f"spent {fraction:8.3%}  wall {wall:6.1f} s  {last['step']:6,} steps  {' '.join(faults) or 'ok'}",
+        f"{number:3d} {kind:6s} ${price:8.3f}/h {asked:>5s} spent {fraction:8.3%} "
+        f"wall {wall:6.1f} s {last['step']:6,} steps  {' '.join(faults) or 'ok'}",
         flush=True,
     )
     return bool(faults)

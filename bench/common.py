@@ -1,4 +1,4 @@
-"""What the benchmarks share: running tuppence as a person would, in a folder and cache of its own."""
+"""What the benchmarks share: running tuppence as a person would, in a folder of its own."""
 
 import json
 import os

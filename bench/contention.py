@@ -2,8 +2,9 @@
 
     python bench/contention.py [--rounds 3]
 
-One run alone, then two at the same time, with tuppence's thread settings and with OpenMP's own
-(idle threads that spin). In proportion is 50% for each of two.
+One run alone, then two at the same time: as tuppence runs (each core a worker with micro-batches
+of its own), and as torch does by itself (one micro-batch whose every operation is split over the
+cores by OpenMP, idle threads spinning). In proportion is 50% for each of two.
 """
 
 import argparse
@@ -15,8 +16,17 @@ from pathlib import Path
 
 from common import environment, machine, middle, rows
 
-OPENMP_DEFAULT = {"GOMP_SPINCOUNT": "300000"}
-WORDS = ["run", "quickstart", "budget.hours=0.0055", "train.sample_tokens=0", "train.eval_tokens=64"]
+WAYS = {
+    "workers": ([], {}),
+    "openmp": (["train.micro_batch=12"], {"GOMP_SPINCOUNT": "300000"}),
+}
+WORDS = [
+    "run",
+    "quickstart",
+    "budget.hours=0.0055",
+    "train.sample_tokens=0",
+    "train.eval_tokens=64",
+]
 
 
 def main() -> None:
@@ -26,14 +36,15 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        rates(folder, "warm", 1, {})  # measures the machine once, alone
+        for label, (words, extra) in WAYS.items():  # measures the machine once, alone
+            rates(folder, f"warm-{label}", 1, words, extra)
         found: dict[tuple[str, int], list[float]] = {}
         for number in range(args.rounds):
-            for label, extra in (("tuppence", {}), ("openmp", OPENMP_DEFAULT)):
+            for label, (words, extra) in WAYS.items():
                 for at_once in (1, 2):
-                    new = rates(folder, f"{label}{number}x{at_once}", at_once, extra)
+                    new = rates(folder, f"{label}{number}x{at_once}", at_once, words, extra)
                     found.setdefault((label, at_once), []).extend(new)
-        for label in ("tuppence", "openmp"):
+        for label in WAYS:
             alone, both = found[label, 1], found[label, 2]
             share = statistics.median(both) / statistics.median(alone)
             print(
@@ -42,12 +53,16 @@ def main() -> None:
             )
 
 
-def rates(folder: Path, name: str, at_once: int, extra: dict[str, str]) -> list[float]:
+def rates(
+    folder: Path, name: str, at_once: int, words: list[str], extra: dict[str, str]
+) -> list[float]:
     """Median tokens a second of each of `at_once` runs."""
     env = environment(folder / "cache", **extra)
-    command = [sys.executable, "-m", "tuppence", *WORDS]
+    command = [sys.executable, "-m", "tuppence", *WORDS, *words]
     started = [
-        subprocess.Popen([*command, f"name={name}-{i}"], cwd=folder, env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, f"name={name}-{i}"], cwd=folder, env=env, stderr=subprocess.PIPE
+        )
         for i in range(at_once)
     ]
     for process in started:

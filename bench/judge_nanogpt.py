@@ -1,4 +1,4 @@
-"""Prints the val loss of a nanoGPT checkpoint, by its own model code, in our evaluation's windows."""
+"""Prints the val loss of a nanoGPT checkpoint, by its own model, in our evaluation's windows."""
 
 import sys
 import tempfile

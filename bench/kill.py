@@ -61,7 +61,10 @@ def kill_until_done(
     beat = folder / "runs/killed/heartbeat.json"
     while len(phases) < kills:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tuppence", *words], cwd=folder, env=env, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "tuppence", *words],
+            cwd=folder,
+            env=env,
+            stderr=subprocess.DEVNULL,
         )
         while process.poll() is None and phase_of(beat) in ("", "provision", "prepare"):
             time.sleep(0.01)

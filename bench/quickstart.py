@@ -22,11 +22,12 @@ from pathlib import Path
 from common import environment, machine, middle, rows, tuppence
 
 TARGET = 1.886
-PEER_FLAGS = (
-    "--device=cpu --compile=False --eval_iters=1 --log_interval=1 --block_size=64 --batch_size=12 "
-    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
-    "--eval_interval=2000 --always_save_checkpoint=True"
-).split()
+PEER_FLAGS = [
+    *("--device=cpu", "--compile=False", "--eval_iters=1", "--log_interval=1"),
+    *("--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
+    *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+    *("--eval_interval=2000", "--always_save_checkpoint=True"),
+]
 
 
 def main() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
             print("tuppence  {:6.1f} s  val {:.4f}  {:,.0f} tok/s".format(*ours[-1]), flush=True)
             if peer:
                 theirs.append(run_peer(peer))
-                print("nanoGPT   {:6.1f} s  val {:.4f}  {:,.0f} tok/s".format(*theirs[-1]), flush=True)
+                print(
+                    "nanoGPT   {:6.1f} s  val {:.4f}  {:,.0f} tok/s".format(*theirs[-1]), flush=True
+                )
         report(ours, theirs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,10 +11,8 @@ from tuppence import host
 from tuppence.config import Budget, Data, DataPlan, Machine, Model, Run, Train
 from tuppence.plan.hardware import Calibration
 
-# What host.settle_threads does for a run, before torch is imported: on cores that others need too,
-# tests whose threads spin while they wait take five times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", host.SPIN_COUNT)
-os.environ.setdefault("KMP_BLOCKTIME", "0")
+# As every verb does, and before any test module imports torch.
+host.settle_threads(host.usable_cores())
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,18 +130,6 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---------------------------------------------------------------- what was saved
 
 
-def test_what_was_saved_comes_back_bit_for_bit(
-    trained: Trained, tiny: ModelPlan, saved: RunFolder
-) -> None:
-    assert names(saved) == ["last.json", "step_00000001", "step_00000002"]
-    other = fresh(tiny, seed=1)
-    assert not equal(other.tensors(), trained.tensors())
-    state = checkpoint.load_newest(saved, other.model, other.optimizer)
-    assert state == state_of(2)
-    assert equal(other.tensors(), trained.tensors())
-    assert len(trained.tensors()) == 4 * len(dict(trained.model.named_parameters()))
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_goes_on_as_if_nothing_had_happened(
     tiny: ModelPlan, folder: RunFolder, tied: bool
@@ -161,159 +146,69 @@ def test_training_goes_on_as_if_nothing_had_happened(
         resumed.step(number)
     assert equal(straight.tensors(), resumed.tensors())
     assert not equal(straight.tensors(), stopped.tensors())
+    assert len(resumed.tensors()) == 4 * len(dict(resumed.model.named_parameters()))
+    inside = sorted(file.name for file in (folder.checkpoints / "step_00000003").iterdir())
+    assert inside == sorted(FILES)
 
 
-def test_without_the_moments_it_would_not(tiny: ModelPlan, folder: RunFolder) -> None:
-    """The test above can fail: weights alone do not continue the run."""
-    straight, resumed = fresh(tiny), fresh(tiny)
-    for number in range(3):
-        straight.step(number)
-    pointer = straight.save(folder, 3)
-    checkpoint.load(folder.checkpoints / pointer.path, resumed.model)
-    assert torch.equal(straight.model.wte.weight, resumed.model.wte.weight)
-    straight.step(3)
-    resumed.step(3)
-    assert not torch.equal(straight.model.wte.weight, resumed.model.wte.weight)
-
-
-def test_an_unfused_optimizer_loads_the_same_moments(tiny: ModelPlan, saved: RunFolder) -> None:
-    model = build(tiny)
-    plain = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    checkpoint.load_newest(saved, model, plain)
-    other = fresh(tiny)
-    checkpoint.load_newest(saved, other.model, other.optimizer)
-    assert equal(Trained(model, plain).tensors(), other.tensors())
-    plain.step()  # nothing to do without gradients, but it reads its state
-
-
-def test_nothing_in_a_checkpoint_can_execute(saved: RunFolder) -> None:
-    for path in checkpoint.complete(saved):
-        assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
-        assert all(file.suffix in (".json", ".safetensors") for file in path.iterdir())
-
-
-def test_pointers_name_a_checkpoint_and_its_weights(saved: RunFolder) -> None:
+def test_pointers_and_steps_choose_a_checkpoint(saved: RunFolder) -> None:
     last = checkpoint.pointer(saved, "last")
-    assert last is not None
-    weights = saved.checkpoints / last.path / "model.safetensors"
+    weights = saved.checkpoints / "step_00000002" / "model.safetensors"
     assert last == Pointer(2, "step_00000002", checkpoint.file_sha256(weights))
-    assert json.loads((saved.checkpoints / "last.json").read_text()) == dataclasses.asdict(last)
-    assert checkpoint.pointer(saved, "best") is None
-
-
-def test_a_checkpoint_is_chosen_by_name_or_step(saved: RunFolder) -> None:
-    checkpoint.point(saved, "best", Pointer(1, "step_00000001", "x"))
-    chosen = {w: checkpoint.choose(saved, w).name for w in ("best", "last", "1", "2")}
-    assert chosen == {
-        "best": "step_00000001",
-        "last": "step_00000002",
-        "1": "step_00000001",
-        "2": "step_00000002",
-    }
-    for which in ("3", "newest", "-1", ""):
-        with pytest.raises(UserError, match="best, last or one of the steps 1, 2"):
-            checkpoint.choose(saved, which)
-
-
-@pytest.mark.xfail(strict=True, reason="isdigit() holds for digits that int() does not read")
-def test_a_digit_that_is_no_number(saved: RunFolder) -> None:
-    with pytest.raises(UserError):
-        checkpoint.choose(saved, "²")
-
-
-def test_best_before_there_is_one(folder: RunFolder, saved: RunFolder) -> None:
     with pytest.raises(UserError, match="no best checkpoint yet; steps saved: 1, 2"):
         checkpoint.choose(saved, "best")
-
-
-def test_no_checkpoint_is_no_fault(folder: RunFolder, trained: Trained) -> None:
-    assert checkpoint.load_newest(folder, trained.model, trained.optimizer) is None
-
-
-def test_a_step_that_is_reached_again_replaces_its_checkpoint(
-    trained: Trained, tiny: ModelPlan, saved: RunFolder
-) -> None:
-    trained.step(9)
-    trained.save(saved, 2)
-    other = fresh(tiny)
-    checkpoint.load_newest(saved, other.model, other.optimizer)
-    assert equal(other.tensors(), trained.tensors())
-    checkpoint.retain(saved, keep_last=5)
-    assert names(saved) == ["last.json", "step_00000001", "step_00000002"]
+    checkpoint.point(saved, "best", Pointer(1, "step_00000001", "x"))
+    chosen = [checkpoint.choose(saved, which).name[-1] for which in ("best", "last", "1", "2")]
+    assert chosen == ["1", "2", "1", "2"]
+    for which in ("3", "newest", "-1", "", "²"):
+        with pytest.raises(UserError, match="best, last or one of the steps 1, 2"):
+            checkpoint.choose(saved, which)
+    (saved.checkpoints / "last.json").write_text('{"step": 2, ')
+    with pytest.raises(Fault, match=r"last\.json is damaged"):
+        checkpoint.pointer(saved, "last")
 
 
 # ---------------------------------------------------------------- damage
 
 
-def flip(path: Path, offset: int, mask: int) -> bytes:
-    """Damage one byte; returns what the file was."""
-    before = path.read_bytes()
-    damaged = bytearray(before)
-    damaged[offset] ^= mask
-    path.write_bytes(damaged)
-    return before
-
-
-@pytest.mark.parametrize("name", FILES[:3])
+@pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_anywhere_is_found(saved: RunFolder, name: str) -> None:
     path = saved.checkpoints / "step_00000002"
-    size = (path / name).stat().st_size
-    offsets = {0, 1, 7, 8, size // 2, size - 2, size - 1, *range(0, size, max(1, size // 60))}
-    for offset in sorted(offsets):
-        before = flip(path / name, offset, 0x10)
-        with pytest.raises(Fault, match=rf"{path.name} is damaged: {name} does not match"):
+    whole = (path / name).read_bytes()
+    size, passed = len(whole), 0
+    for offset in {0, 1, 7, 8, size - 2, size - 1, *range(0, size, max(1, size // 60))}:
+        damaged = bytearray(whole)
+        damaged[offset] ^= 0x10
+        (path / name).write_bytes(damaged)
+        try:
             checkpoint.verify(path)
-        (path / name).write_bytes(before)
-    checkpoint.verify(path)
-
-
-def test_a_flipped_byte_in_the_hashes_is_found(saved: RunFolder) -> None:
-    path = saved.checkpoints / "step_00000002"
-    text = (path / "checkpoint.json").read_bytes()
-    passed = []
-    for offset in range(len(text)):
-        for mask in (0x01, 0x10):
-            before = flip(path / "checkpoint.json", offset, mask)
-            try:
-                checkpoint.verify(path)
-                passed.append(json.loads((path / "checkpoint.json").read_text()))
-            except Fault as error:
-                assert "is damaged" in str(error)  # noqa: PT017 (some flips harm nothing)
-            (path / "checkpoint.json").write_bytes(before)
-    hashes = json.loads(text)["sha256"]
-    assert all(document["sha256"] == hashes for document in passed)  # blanks and the version
-    assert len(passed) < 0.05 * 2 * len(text)
-
-
-@pytest.mark.xfail(strict=True, reason="the version in checkpoint.json is not looked at")
-def test_a_checkpoint_of_another_version_is_refused(saved: RunFolder) -> None:
-    path = saved.checkpoints / "step_00000002" / "checkpoint.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps({**document, "version": 2}))
-    with pytest.raises(Fault):
-        checkpoint.verify(path.parent)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(saved: RunFolder, name: str) -> None:
-    path = saved.checkpoints / "step_00000002"
+            passed += 1
+        except Fault as error:
+            assert f"{path} is damaged: {name}" in str(error) or name == "checkpoint.json"  # noqa: PT017
+    assert passed <= (3 if name == "checkpoint.json" else 0)  # a blank of the hashes harms nothing
     (path / name).unlink()
-    with pytest.raises(Fault, match=rf"step_00000002 is damaged: {name} is missing"):
+    with pytest.raises(Fault, match=rf"{path} is damaged: {name}"):
         checkpoint.verify(path)
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="only a missing key is looked for")
+HASHES = dict.fromkeys(FILES[:3], "0" * 64)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "\xff"]
-    + [pytest.param(t, marks=UNCHECKED) for t in ("[]", '{"sha256": 1}', '{"sha256": {}}')],
+    [
+        "",
+        "\xff",
+        "[]",
+        '{"version": 1, "sha256": {}}',
+        json.dumps({"version": 2, "sha256": HASHES}),
+        json.dumps({"version": 1, "sha256": {**HASHES, "../run.json": "0" * 64}}),
+    ],
 )
 def test_hashes_that_are_not_there(saved: RunFolder, text: str) -> None:
     path = saved.checkpoints / "step_00000002"
     (path / "checkpoint.json").write_text(text, encoding="latin-1")
-    with pytest.raises(Fault, match=r"checkpoint\.json is missing or not readable"):
+    with pytest.raises(Fault, match=r"step_00000002 is damaged: checkpoint\.json"):
         checkpoint.verify(path)
 
 
@@ -338,55 +233,28 @@ def test_the_newest_that_is_whole_is_loaded(
 
 def test_damage_in_all_of_them_is_a_fault(trained: Trained, saved: RunFolder) -> None:
     for path in checkpoint.complete(saved):
-        flip(path / "model.safetensors", -1, 0x01)
+        (path / "model.safetensors").write_bytes(b"")
     before = {name: tensor.clone() for name, tensor in trained.tensors().items()}
     with pytest.raises(Fault, match=r"all 2 checkpoints of .* are damaged .*--fresh"):
         checkpoint.load_newest(saved, trained.model, trained.optimizer)
     assert equal(trained.tensors(), before)  # nothing of a damaged one was taken over
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="the person is blamed, no file is named")
-def test_a_damaged_pointer_is_named(saved: RunFolder) -> None:
-    (saved.checkpoints / "last.json").write_text('{"step": 2, ')
-    with pytest.raises(Fault, match=r"last\.json"):
-        checkpoint.pointer(saved, "last")
-
-
-# ---------------------------------------------------------------- another model
-
-
-def test_a_checkpoint_of_more_layers_is_a_fault(tiny: ModelPlan, saved: RunFolder) -> None:
-    for change in ({"n_layer": 2}, {"bias": True}, {"tied_head": False}):
-        other = fresh(dataclasses.replace(tiny, **change))
-        with pytest.raises(Fault, match=r"is of another model: .* stands in only one of the two"):
-            checkpoint.load(saved.checkpoints / "step_00000002", other.model)
-
-
-@pytest.mark.xfail(strict=True, reason="shapes are not compared: torch's RuntimeError, no Fault")
-@pytest.mark.parametrize("change", [{"n_embd": 16}, {"vocab_size": 66}, {"sequence_len": 16}])
-def test_a_checkpoint_of_another_width_is_a_fault(
+@pytest.mark.parametrize(
+    "change",
+    [{"n_layer": 2}, {"bias": True}, {"tied_head": False}, {"n_embd": 16}, {"vocab_size": 66}],
+)
+def test_a_checkpoint_of_another_model_is_a_fault(
     tiny: ModelPlan, saved: RunFolder, change: dict[str, Any]
 ) -> None:
     other = fresh(dataclasses.replace(tiny, **change))
-    with pytest.raises(Fault, match="is of another model"):
+    before = {name: tensor.clone() for name, tensor in other.tensors().items()}
+    with pytest.raises(Fault, match=r"step_00000002 is of another model: \S+ (stands|is)"):
         checkpoint.load(saved.checkpoints / "step_00000002", other.model)
+    assert equal(other.tensors(), before)
 
 
 # ---------------------------------------------------------------- leftovers and retention
-
-
-def test_a_save_that_was_killed_is_ignored_and_removed(
-    trained: Trained, tiny: ModelPlan, saved: RunFolder
-) -> None:
-    killed = saved.checkpoints / ".step_00000003.4711"
-    shutil.copytree(saved.checkpoints / "step_00000002", killed)
-    (killed / "checkpoint.json").unlink()
-    assert [path.name for path in checkpoint.complete(saved)] == ["step_00000001", "step_00000002"]
-    other = fresh(tiny, seed=1)
-    assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(2)
-    assert list(saved.rows("events")) == []
-    checkpoint.retain(saved, keep_last=2)
-    assert names(saved) == ["last.json", "step_00000001", "step_00000002"]
 
 
 def test_killed_while_writing_the_earlier_ones_stand(
@@ -405,8 +273,14 @@ def test_killed_while_writing_the_earlier_ones_stand(
                 trained.save(saved, 3)
         assert [p.name for p in checkpoint.complete(saved)] == ["step_00000001", "step_00000002"]
         assert checkpoint.load_newest(saved, trained.model, trained.optimizer) == state_of(2)
-    trained.save(saved, 3)  # the same process id: its own leftover is in the way
-    checkpoint.verify(saved.checkpoints / "step_00000003")
+    for number in (3, 9):  # the leftover of this process is in the way, then the same step
+        trained.step(number)
+        trained.save(saved, 3)
+        other = fresh(tiny)
+        assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(3)
+        assert equal(other.tensors(), trained.tensors())
+    checkpoint.retain(saved, keep_last=5)
+    assert names(saved) == ["last.json", *(f"step_0000000{step}" for step in (1, 2, 3))]
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
@@ -427,17 +301,7 @@ def test_the_last_few_and_the_best_are_kept(
 # ---------------------------------------------------------------- full and read-only disks
 
 
-def intact(folder: RunFolder, plan: ModelPlan) -> None:
-    """Steps 1 and 2 stand, step 2 loads, and nothing is left of a third."""
-    assert names(folder) == ["last.json", "step_00000001", "step_00000002"]
-    last = checkpoint.pointer(folder, "last")
-    assert last is not None
-    assert last.step == 2
-    other = fresh(plan)
-    assert checkpoint.load_newest(folder, other.model, other.optimizer) == state_of(2)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("where", ["save_file", "_flush", "write_text", "_flush_folder"])
 def test_a_save_that_cannot_be_written(
     trained: Trained,
@@ -458,93 +322,8 @@ def test_a_save_that_cannot_be_written(
     assert message.startswith(f"cannot save step 3 in {saved.checkpoints}: {os.strerror(code)} (")
     assert "the last good one is step 2: make room or give write access" in message
     assert "\n" not in message
-    intact(saved, tiny)
-    trained.save(saved, 3)
-
-
-def test_a_first_save_that_cannot_be_written(
-    trained: Trained, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
-    with pytest.raises(Fault, match=r"No space left on device .* none was saved yet"):
-        trained.save(folder, 1)
-    assert checkpoint.complete(folder) == []
-
-
-def test_a_pointer_that_cannot_be_written(
-    trained: Trained, tiny: ModelPlan, saved: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = checkpoint.write_text
-
-    def refuse(path: Path, text: str) -> None:
-        if path.name == "last.json":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        whole(path, text)
-
-    monkeypatch.setattr(checkpoint, "write_text", refuse)
-    with pytest.raises((OSError, Fault), match="No space left"):
-        trained.save(saved, 3)
-    last = checkpoint.pointer(saved, "last")
-    assert last is not None
-    assert last.step == 2  # the old one or the new one, never half of it
+    # steps 1 and 2 stand, step 2 loads, and nothing is left of a third
+    assert names(saved) == ["last.json", "step_00000001", "step_00000002"]
     other = fresh(tiny)
-    state = checkpoint.load_newest(saved, other.model, other.optimizer)
-    assert state == state_of(3)  # the checkpoint itself is whole, and newest
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root on Linux")
-    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    mounted = subprocess.run(words, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def twice_saved(place: Path, trained: Trained) -> RunFolder:
-    folder = RunFolder(place)
-    for step in (1, 2):
-        trained.step(step)
-        trained.save(folder, step)
-    return folder
-
-
-@pytest.mark.root
-@pytest.mark.parametrize("room", [0, 4096, 12_288, 20_480])
-def test_a_disk_that_is_really_full(
-    trained: Trained, tiny: ModelPlan, disk: Path, room: int
-) -> None:
-    folder = twice_saved(disk, trained)
-    free = shutil.disk_usage(disk).free
-    (disk / "ballast").write_bytes(b"\0" * (free - room))
-    with pytest.raises(Fault, match=r"cannot save step 3 .*(No space left|os error 28)") as fault:
-        trained.save(folder, 3)
-    assert "the last good one is step 2" in str(fault.value)
-    intact(folder, tiny)
-    (disk / "ballast").unlink()
-    trained.save(folder, 3)
-    checkpoint.verify(folder.checkpoints / "step_00000003")
-    folder.close()
-
-
-@pytest.mark.root
-def test_a_disk_that_is_really_read_only(trained: Trained, tiny: ModelPlan, disk: Path) -> None:
-    folder = twice_saved(disk, trained)
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    try:
-        with pytest.raises(Fault, match=r"cannot save step 3 .*Read-only file system"):
-            trained.save(folder, 3)
-        intact(folder, tiny)
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    trained.save(folder, 3)
-    folder.close()
+    assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(2)
+    trained.save(saved, 3)

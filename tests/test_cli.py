@@ -23,26 +23,18 @@ from typing import Any
 
 import pytest
 
-from tuppence import __version__, cli, config, host, pipeline, recipes, verbs
-from tuppence.config import Budget, DataPlan, Plan, Run, from_json
+from tuppence import cli, config, host, pipeline, recipes
+from tuppence.config import DataPlan, Plan, from_json
 from tuppence.folder import RunFolder, RunLock
 from tuppence.plan import hardware
 from tuppence.plan.hardware import Calibration, Timing
 from tuppence.plan.solve import solve
 
-TINY = [
-    "model.n_layer=1",
-    "model.n_embd=32",
-    "model.n_head=2",
-    "model.sequence_len=32",
-    "train.batch_tokens=256",
-    "train.eval_tokens=512",
-    "train.sample_tokens=4",
-    "budget.steps=5",
-    "machine.usd_per_hour=1",
-    "machine.threads=1",
-    "machine.gpu=cpu",
-]
+TINY = shlex.split(
+    "model.n_layer=1 model.n_embd=32 model.n_head=2 model.sequence_len=32 train.batch_tokens=256 "
+    "train.eval_tokens=512 train.sample_tokens=4 budget.steps=5 machine.usd_per_hour=1 "
+    "machine.threads=1 machine.gpu=cpu"
+)
 VERBS = [*cli.RECIPE_VERBS, *cli.RUN_VERBS, *cli.PLAIN_VERBS]
 
 
@@ -83,12 +75,13 @@ def know_this_machine(calibration: Calibration, data_plan: DataPlan) -> None:
             attention="sdpa",
             compile=False,
             micro_batch=plan.step.micro_batch,
-            micro_seconds=0.01,
+            workers=plan.step.workers,
+            round_seconds=0.01,
             update_seconds=0.002,
             forward_seconds=0.003,
             source="measured by calibrate",
         )
-        key = hardware.shape_key(plan.model, plan.step.micro_batch)
+        key = hardware.shape_key(plan.model, plan.step.micro_batch, plan.step.workers)
         hardware.save_calibration(mine.with_timings(key, [timing]))
 
 
@@ -128,7 +121,7 @@ def tuppence(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -149,67 +142,28 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "--json" in out
 
 
-def test_every_verb_of_the_help_is_there() -> None:
-    assert set(VERBS) == verbs.VERBS.keys()
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["--version"])
-    assert end.value.code == 0
-    assert capsys.readouterr().out == f"tuppence {__version__}\n"
-
-
-def test_help_imports_nothing_heavy() -> None:
-    program = (
-        "import sys, contextlib\n"
-        "sys.argv = ['tuppence', '--help']\n"
-        "with contextlib.suppress(SystemExit):\n"
-        "    from tuppence.__main__ import main; main()\n"
-        "heavy = {'torch', 'numpy', 'pyarrow', 'safetensors', 'tokenizers', 'tiktoken'}\n"
-        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)"
-    )
-    words = [sys.executable, "-c", program]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "usage: tuppence" in done.stdout
-    assert done.stderr == "[]\n"
-
-
 # ---------------------------------------------------------------- wrong input
 
 BAD = [
     (2, ["nope"], "no recipe 'nope'"),
-    (2, ["shakespear"], "did you mean shakespeare?"),
     (2, ["absent.py:small"], "there is no file absent.py"),
+    (2, ["broken.py:small"], "broken.py fails with KeyError"),
     (2, ["budgte.usd=1"], "did you mean budget.usd?"),
     (2, ["model.n_layer=four"], "model.n_layer=four: not a whole number"),
-    (2, ["model.n_layer=2.5"], "model.n_layer=2.5: not a whole number; the nearest is 2"),
-    (2, ["model.bias=maybe"], "write on or off"),
     (2, ["train.batch_tokens=1000"], "multiple of model.sequence_len=128; the nearest is 1024"),
-    (2, ["train.micro_batch=5"], "train.micro_batch=5 does not divide the batch of 16"),
-    (2, ["model.n_head=3"], "does not divide into model.n_head=3 heads"),
     (2, ["data.tokenizer=klingon"], "klingon"),
-    (2, ["data.tokenizer=bpe:none"], "bpe"),
     (2, ["data.source=empty.txt"], "empty"),
-    (2, ["data.source=short.txt"], "less than one sequence of 128 + 1"),
     (2, ["data.source=medium.txt"], "less than one batch of 2,048 + 1"),
     (2, ["data.source=absent.txt"], "'absent.txt': no such file"),
-    (2, ["data.source="], "data.source is empty"),
     (2, ["gpt2_124m"], "data.source is not set"),
     (2, ["shakespeare", "nonsense"], "'nonsense' is not key=value"),
-    (2, ["budget.usd=-1"], "budget.usd=-1: a budget is more than zero"),
-    (2, ["budget.steps=0"], "budget.steps=0: a budget is more than zero"),
-    (2, ["budget.usd=none"], "no budget"),
-    (2, ["machine.usd_per_hour=-3"], "machine.usd_per_hour=-3"),
     (2, ["machine.threads=0"], "machine.threads=0: at least 1"),
     (2, ["name=../up"], "name=../up"),
-    (2, ["name=.hidden"], "name=.hidden"),
-    (2, ["model.family=looped"], "model.family=looped"),
-    (2, ["--nonsense"], "--nonsense"),
+    (2, ["--nonsense", "budget.usd=1"], "--nonsense: no such option"),
+    (2, [*TINY, "data.val_tokens=2000000"], "0 training tokens"),
+    (2, [*TINY, "--runs", "empty.txt"], "--runs and --data name folders"),
     (3, ["budget.usd=1e-6"], "give at least budget.usd="),
-    (3, ["budget.tokens=2047"], "less than one batch of 2,048 tokens"),
     (3, ["machine.gpu=H100"], "machine.gpu=H100"),
-    (3, ["machine.cloud=aws"], "machine.cloud=aws"),
     (3, ["model.n_layer=100", "model.n_embd=2048"], "GiB, this machine has 8.0"),
     (3, [*TINY, "--strict"], "--strict: no_wall_clock_stop"),
 ]
@@ -217,8 +171,8 @@ BAD = [
 
 @pytest.fixture
 def texts(here: Path) -> None:
+    (here / "broken.py").write_text("raise KeyError('oh')")
     (here / "empty.txt").write_text("")
-    (here / "short.txt").write_text("to be, or not " * 9)
     (here / "medium.txt").write_text("to be, or not " * 140)
 
 
@@ -239,17 +193,6 @@ def test_wrong_input(tuppence: Command, here: Path, code: int, words: list[str],
     assert not (here / "data").exists()
 
 
-@pytest.mark.parametrize("verb", ["plan", "train", "prepare"])
-@pytest.mark.parametrize("words", [["nope"], ["model.n_layer=four"], ["nonsense=1"], ["--bad"]])
-def test_wrong_input_of_other_verbs(
-    tuppence: Command, here: Path, verb: str, words: list[str]
-) -> None:
-    answer = tuppence(verb, *words, "--json")
-    assert answer.code == 2
-    assert answer.document["error"]["message"] == answer.line
-    assert list(here.iterdir()) == []
-
-
 @pytest.mark.parametrize("verb", ["eval", "sample", "receipt"])
 def test_an_unknown_run(tuppence: Command, here: Path, verb: str) -> None:
     answer = tuppence(verb, "nope", "--json")
@@ -262,87 +205,45 @@ def test_an_unknown_run(tuppence: Command, here: Path, verb: str) -> None:
 
 @pytest.mark.parametrize("words", [[], ["frobnicate"], ["eval"], ["sample", "--tokens", "x"]])
 def test_words_that_are_no_command(tuppence: Command, words: list[str]) -> None:
-    answer = tuppence(*words)
+    answer = tuppence(*words, "--json")
     assert answer.code == 2
     assert "--help" in answer.line
-    assert tuppence(*words, "--json").document["error"]["exit_code"] == 2
+    assert answer.document["error"] == {"exit_code": 2, "message": answer.line}
 
 
-RECIPE = "from tuppence.config import Budget, Run\n\ndef small() -> Run:\n    "
+LATE = pytest.mark.xfail(strict=True, reason="refused when all is trained and paid for")
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        ("raise KeyError('oh')", "mine.py fails with KeyError"),
-        ("def small(:", "mine.py fails with SyntaxError"),
-        (f"{RECIPE}return 7", "small returned int, not tuppence.config.Run"),
-        (f"{RECIPE}return Run()", "data.source is not set"),
-        pytest.param(
-            f"{RECIPE}return Run(budget=Budget(dollars=1))",
-            "dollars",
-            marks=pytest.mark.xfail(
-                strict=True, raises=TypeError, reason="what a recipe raises is not caught"
-            ),
-        ),
-        pytest.param(
-            "raise ValueError('two\\nlines')\n",
-            "ValueError",
-            marks=pytest.mark.xfail(strict=True, reason="a message of several lines stays so"),
-        ),
-    ],
+    "word", ["train.sample_prompt=é", pytest.param("data.val_tokens=1", marks=LATE)]
 )
-def test_a_wrong_recipe_of_ones_own(tuppence: Command, here: Path, code: str, says: str) -> None:
-    (here / "mine.py").write_text(code)
-    answer = tuppence("run", "mine.py:small")
-    assert answer.code == 2
-    assert says in answer.line
-    assert not (here / "runs").exists()
-
-
-@pytest.mark.xfail(
-    strict=True, reason="only the preparation refuses these, after the folder is made"
-)
-@pytest.mark.parametrize("word", ["data.val_tokens=900000", "data.max_tokens=0"])
-def test_wrong_sizes_of_the_corpus_leave_nothing(tuppence: Command, here: Path, word: str) -> None:
-    answer = tuppence("run", *TINY, word)
-    assert answer.code == 2
-    assert not (here / "runs").exists()
+def test_what_is_refused_after_the_preparation_leaves_no_run(
+    tuppence: Command, here: Path, word: str
+) -> None:
+    assert tuppence("run", *TINY, word).code == 2
+    assert not (here / "runs" / "shakespeare").exists()
     assert tuppence("run", *TINY).code == 0  # the corrected command is not another run
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="divides by the val split's size")
-def test_no_validation_tokens(tuppence: Command) -> None:
-    assert tuppence("run", *TINY, "data.val_tokens=0").code == 2
-
-
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="torch refuses it, with a traceback")
-def test_a_beta_that_adamw_refuses(tuppence: Command) -> None:
-    assert tuppence("run", *TINY, "train.beta2=1").code == 2
-
-
-@pytest.mark.xfail(strict=True, reason="the prompt is first encoded after the money is spent")
-def test_a_prompt_that_the_tokenizer_lacks(tuppence: Command, here: Path) -> None:
-    assert tuppence("run", *TINY, "train.sample_prompt=é").code == 2
-    assert not (here / "runs").exists()
-
-
-@pytest.mark.xfail(strict=True, reason="the prompt is a newline, whatever the corpus")
 def test_a_corpus_without_newlines_can_be_trained_on(tuppence: Command, here: Path) -> None:
     (here / "line.txt").write_text("to be, or not to be, " * 900)
     assert tuppence("run", *TINY, "data.source=line.txt").code == 0
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="not every OSError is turned into a line")
-@pytest.mark.parametrize("option", ["--runs", "--data"])
-def test_a_file_where_a_folder_should_be(tuppence: Command, here: Path, option: str) -> None:
+def test_a_file_where_the_shards_should_be(tuppence: Command, here: Path) -> None:
     (here / "file").write_text("")
-    assert tuppence("run", *TINY, option, "file").code in (1, 2)
+    answer = tuppence("run", *TINY, "--data", "file")
+    assert answer.code == 2
+    assert "--runs and --data name folders" in answer.line
 
 
-@pytest.mark.xfail(strict=True, reason="argparse: key=value after an option is not recognized")
-def test_options_may_stand_between_the_words(tuppence: Command) -> None:
-    assert tuppence("plan", "shakespeare", "--json", *TINY).code == 0
+def test_a_reader_that_has_seen_enough() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = [sys.executable, "-m", "tuppence", "recipes", "--json"]
+    done = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---------------------------------------------------------------- plan, recipes, runs, prepare
@@ -359,57 +260,26 @@ def test_plan_writes_nothing_and_prints_one_document(tuppence: Command, here: Pa
     read = tuppence("plan", *TINY)
     assert f"{plan.model.params:,} parameters" in read.out
     assert list(here.iterdir()) == []
+    between = tuppence("plan", "shakespeare", "--json", *TINY)  # options among the words
+    assert between.document["plan"] == answer.document["plan"]
 
 
-def test_a_recipe_of_ones_own_plans(tuppence: Command, here: Path) -> None:
-    (here / "mine.py").write_text(
-        "import dataclasses\n"
-        "from tuppence.config import Run\n"
-        "from tuppence.recipes import shakespeare\n\n"
-        "def small() -> Run:\n    return dataclasses.replace(shakespeare(), name='mine')\n"
-    )
-    document = tuppence("plan", "mine.py:small", *TINY, "--json").document
-    assert document["run"]["recipe"] == "mine.py:small"
-    assert document["plan"]["name"] == "mine"
-
-
-def test_recipes(tuppence: Command) -> None:
+def test_recipes_and_runs(tuppence: Command) -> None:
     document = tuppence("recipes", "--json").document
     assert list(document) == list(recipes.all_recipes())
     assert document["shakespeare"]["budget.usd"] == 0.02
     assert all(name in tuppence("recipes").out for name in document)
-
-
-def test_no_runs_yet(tuppence: Command, here: Path) -> None:
     assert tuppence("runs", "--json").document == {"runs": []}
     assert "tuppence run makes one" in tuppence("runs").out
-
-
-def test_prepare_prints_one_document_and_finds_what_is_there(tuppence: Command) -> None:
-    first = tuppence("prepare", "--json")
-    assert first.code == 0
-    assert first.document["reused"] is False
-    assert first.document["manifest"]["tokens"] == 1_115_394
-    again = tuppence("prepare", "--json").document
-    assert again["reused"] is True
-    assert again["manifest"] == first.document["manifest"]
 
 
 # ---------------------------------------------------------------- a run, from end to end
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A working folder in which a run was taken to its end by a process of its own."""
-
-    place: Path
-    answer: Answer
-
-
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, calibration: Calibration, data_plan: DataPlan
-) -> Finished:
+) -> tuple[Path, Answer]:
     """`tuppence run` as a person runs it; made once, and only copies of it are touched."""
     place = tmp_path_factory.mktemp("finished")
     cache = tmp_path_factory.mktemp("cache-of-the-run")
@@ -419,57 +289,44 @@ def finished(
         know_this_machine(calibration, data_plan)
     words = [sys.executable, "-m", "tuppence", "run", *TINY, "--json"]
     done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, check=False)
-    return Finished(place, Answer(done.returncode, done.stdout, done.stderr))
+    return place, Answer(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
-def kept(finished: Finished, here: Path) -> Path:
+def kept(finished: tuple[Path, Answer], here: Path) -> Path:
     """A copy of the finished run in the working folder of this test."""
-    assert finished.answer.code == 0, finished.answer.err
-    shutil.copytree(finished.place, here, dirs_exist_ok=True)
+    place, answer = finished
+    assert answer.code == 0, answer.err
+    shutil.copytree(place, here, dirs_exist_ok=True)
     return here / "runs" / "shakespeare"
 
 
-def test_a_run_leaves_all_that_is_promised(finished: Finished) -> None:
-    answer = finished.answer
+def test_a_run_leaves_all_that_is_promised(finished: tuple[Path, Answer]) -> None:
+    place, answer = finished
     assert answer.code == 0, answer.err
-    folder = RunFolder(finished.place / "runs" / "shakespeare")
+    folder = RunFolder(place / "runs" / "shakespeare")
     assert answer.document == json.loads(folder.file("receipt.json").read_text())
     assert answer.document["budget"] == {"kind": "steps", "limit": 5, "spent": 5, "fraction": 1.0}
-    assert answer.document["finished"] is True
     assert [row["step"] for row in folder.rows("metrics")] == [1, 2, 3, 4, 5]
-    keys = (
-        "step tokens loss lr grad_norm step_seconds tokens_per_second mfu usd progress tokens_sha "
-        "attempt"
-    )
-    assert all(set(keys.split()) <= row.keys() for row in folder.rows("metrics"))
+    keys = "step tokens loss lr grad_norm step_seconds tokens_per_second mfu usd progress attempt"
+    assert all({*keys.split(), "tokens_sha"} <= row.keys() for row in folder.rows("metrics"))
     assert [e["code"] for e in folder.rows("events")] == ["start", "save", "end"]
     (last,) = folder.rows("evals")
     assert last["step"] == 5
-    assert last["loss"] > 0
-    names = (
-        "run.json plan.json argv.txt env.json receipt.json receipt.md receipt.html samples.jsonl"
-    )
-    assert all(folder.file(name).exists() for name in names.split())
-    assert sorted(p.name for p in folder.checkpoints.iterdir()) == [
-        "best.json",
-        "last.json",
-        "step_00000005",
-    ]
+    names = "run.json plan.json argv.txt env.json receipt.json receipt.md receipt.html"
+    assert all(folder.file(name).exists() for name in [*names.split(), "samples.jsonl"])
+    there = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert there == ["best.json", "last.json", "step_00000005"]
     assert not folder.file("heartbeat.json").exists()
-    assert folder.run() == dataclasses.replace(
-        config.override(recipes.get("shakespeare"), TINY), name="shakespeare"
-    )
-    assert folder.plan().step.max_steps == 5
-    assert (
-        folder.file("argv.txt").read_text()
-        == shlex.join(["tuppence", "run", *TINY, "--json"]) + "\n"
-    )
-    assert len(json.loads(folder.file("env.json").read_text())["code_sha256"]) == 64
+    asked = config.override(recipes.get("shakespeare"), TINY)
+    assert folder.run() == dataclasses.replace(asked, name="shakespeare")
+    argv = shlex.join(["tuppence", "run", *TINY, "--json"])
+    assert folder.file("argv.txt").read_text() == argv + "\n"
 
 
-def test_every_second_of_a_run_is_charged(finished: Finished) -> None:
-    folder = RunFolder(finished.place / "runs" / "shakespeare")
+def test_every_second_of_a_run_is_charged(finished: tuple[Path, Answer]) -> None:
+    place, answer = finished
+    folder = RunFolder(place / "runs" / "shakespeare")
     rows = list(folder.rows("ledger"))
     assert [row["phase"] for row in rows][:2] == ["provision", "prepare"]
     assert {"train", "evaluate", "save"} <= {row["phase"] for row in rows}
@@ -477,10 +334,7 @@ def test_every_second_of_a_run_is_charged(finished: Finished) -> None:
     started = json.loads(folder.file("env.json").read_text())["process_start"]
     assert rows[0]["start"] == pytest.approx(started, abs=0.1)
     charged = rows[-1]["end"] - rows[0]["start"]
-    assert sum(row["usd"] for row in rows) == pytest.approx(charged / 3600)
-    told = finished.answer.document
-    assert told["usd"] == pytest.approx(charged / 3600)
-    assert sum(p["usd"] for p in told["phases"]) == pytest.approx(told["usd"])
+    assert answer.document["usd"] == pytest.approx(charged / 3600)
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tuppence: Command, kept: Path) -> None:
@@ -494,24 +348,14 @@ def test_the_same_command_on_a_finished_run_does_nothing(tuppence: Command, kept
     assert contents(kept) == before
 
 
-@pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        ("budget.steps=6", "holds a run with budget.steps=5, not 6"),
-        ("train.seed=1", "holds a run with train.seed=None, not 1"),
-        ("budget.usd=1", "holds a run with budget."),
-        ("model.n_layer=2", "holds a run with model.n_layer=1, not 2"),
-    ],
-)
-def test_other_overrides_are_another_run(
-    tuppence: Command, kept: Path, word: str, says: str
-) -> None:
+def test_other_overrides_are_another_run(tuppence: Command, kept: Path) -> None:
     before = contents(kept.parent)
-    answer = tuppence("run", *TINY, word)
-    assert answer.code == 2
-    assert says in answer.line
-    assert "name=" in answer.line
-    assert "--fresh" in answer.line
+    for word, there in (("budget.steps=6", "5"), ("train.seed=1", "None")):
+        key, _, asked = word.partition("=")
+        answer = tuppence("run", *TINY, word)
+        assert answer.code == 2
+        assert f"holds a run with {key}={there}, not {asked}; give this" in answer.line
+        assert "(name=...), or --fresh" in answer.line
     assert contents(kept.parent) == before
 
 
@@ -523,13 +367,8 @@ def test_fresh_keeps_the_old_folder_aside(tuppence: Command, kept: Path) -> None
     assert contents(kept.parent / "shakespeare.1") == before
     assert answer.document["finished"] is True
     assert RunFolder(kept).run().train.seed == 1
-    assert (
-        answer.document["hashes"]["weights"]
-        != json.loads(before["receipt.json"])["hashes"]["weights"]
-    )
 
 
-@pytest.mark.xfail(strict=True, reason="the folder is set aside before the input is checked")
 @pytest.mark.parametrize("word", ["model.n_head=3", "budget.tokens=1"])
 def test_fresh_with_wrong_input_touches_nothing(tuppence: Command, kept: Path, word: str) -> None:
     before = contents(kept.parent)
@@ -537,36 +376,28 @@ def test_fresh_with_wrong_input_touches_nothing(tuppence: Command, kept: Path, w
     assert contents(kept.parent) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the folder is set aside without its lock")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_fresh_waits_for_no_one_elses_run(tuppence: Command, kept: Path) -> None:
+@pytest.mark.parametrize("option", [[], ["--fresh"]])
+def test_two_processes_do_not_write_one_run(
+    tuppence: Command, kept: Path, option: list[str]
+) -> None:
+    os.unlink(kept / "events.jsonl")  # not finished
+    before = contents(kept.parent)
     with RunLock(RunFolder(kept)):
-        answer = tuppence("run", *TINY, "--fresh")
+        answer = tuppence("run", *TINY, *option)
     assert answer.code == 2
-    assert "is being written by process" in answer.line
+    assert f"is being written by process {os.getpid()}" in answer.line
+    assert contents(kept.parent) == before
 
 
 def test_the_same_run_under_another_name_is_the_same_bit_for_bit(
-    tuppence: Command, kept: Path, finished: Finished
+    tuppence: Command, kept: Path, finished: tuple[Path, Answer]
 ) -> None:
     told = tuppence("run", *TINY, "name=twin", "--json").document
-    assert told["name"] == "twin"
-    assert told["hashes"] == finished.answer.document["hashes"]
+    assert (told["name"], told["finished"]) == ("twin", True)
+    assert told["hashes"] == finished[1].document["hashes"]
     listed = tuppence("runs", "--json").document["runs"]
     assert [row["name"] for row in listed] == ["shakespeare", "twin"]
-    assert all(row["finished"] for row in listed)
     assert listed[0]["val_loss"] == listed[1]["val_loss"]
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # see test_folder_ledger: not taken
-def test_two_processes_do_not_write_one_run(tuppence: Command, here: Path) -> None:
-    folder = RunFolder(here / "runs" / "shakespeare")
-    folder.path.mkdir(parents=True)
-    with RunLock(folder):
-        answer = tuppence("run", *TINY)
-    assert answer.code == 2
-    assert f"is being written by process {os.getpid()}" in answer.line
-    assert sorted(contents(folder.path)) == [".lock"]
 
 
 def test_the_receipt_is_rendered_from_the_folder_alone(tuppence: Command, kept: Path) -> None:
@@ -574,13 +405,10 @@ def test_the_receipt_is_rendered_from_the_folder_alone(tuppence: Command, kept: 
     shutil.rmtree(kept.parent.parent / "data")
     for name in ("receipt.json", "receipt.md", "receipt.html"):
         (kept / name).unlink()
-    assert tuppence("receipt", "shakespeare", "--json").document == json.loads(
-        before["receipt.json"]
-    )
+    told = tuppence("receipt", "shakespeare", "--json").document
+    assert told == json.loads(before["receipt.json"])
     assert contents(kept) == before
-    assert tuppence("receipt", str(kept)).out.startswith(
-        "receipt   shakespeare: spent 5 steps of 5"
-    )
+    assert tuppence("receipt", str(kept)).out.startswith("receipt   shakespeare: spent 5 steps")
 
 
 def test_eval_and_sample(tuppence: Command, kept: Path) -> None:
@@ -604,10 +432,8 @@ def test_eval_and_sample(tuppence: Command, kept: Path) -> None:
     ("words", "says"),
     [
         (["eval", "--checkpoint", "7"], "write best, last or one of the steps 5"),
-        (["sample", "--checkpoint", "worst"], "write best, last or one of the steps 5"),
         (["eval", "--tasks", "core"], "--tasks core"),
         (["sample", "--tokens", "0"], "at least 1"),
-        (["sample", "--top-k", "0"], "at least 1"),
         (["sample", "--temperature", "-1"], "at least 0"),
         (["sample", ""], "no tokens"),
     ],
@@ -632,11 +458,3 @@ def test_a_corpus_that_changed_is_another_run(tuppence: Command, here: Path) -> 
     answer = tuppence(*words)
     assert answer.code == 2
     assert "data.source=mine.txt has changed" in answer.line
-
-
-def test_asked_is_what_was_typed() -> None:
-    args = cli._parser().parse_args(["run", "budget.hours=1", "name=x"])
-    run = pipeline.asked(args)
-    assert run.budget == Budget(hours=1.0)
-    assert (run.name, run.recipe) == ("x", "shakespeare")
-    assert isinstance(run, Run)

@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -24,62 +24,35 @@ SCHEDULES = [
     SchedulePlan(shape="cosine", warmup=0.02, decay=0.4, floor=0.0),
     SchedulePlan(shape="cosine", warmup=0.0, decay=0.0, floor=0.1),
     SchedulePlan(shape="cosine", warmup=0.5, decay=1.0, floor=0.1),
+    SchedulePlan(shape="cosine", warmup=1.0, decay=0.0, floor=0.0),
     SchedulePlan(shape="wsd", warmup=0.02, decay=0.4, floor=0.0),
     SchedulePlan(shape="wsd", warmup=0.0, decay=1.0, floor=0.05),
     SchedulePlan(shape="wsd", warmup=0.3, decay=0.7, floor=0.1),
     SchedulePlan(shape="wsd", warmup=0.1, decay=0.0, floor=0.1),
-    SchedulePlan(shape="cosine", warmup=1.0, decay=0.0, floor=0.0),
 ]
 GRID = [i / 1000 for i in range(1001)]
+LIMIT = 1 + 1e-9  # what adding up floats may exceed a budget by
 
 
-@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s.shape}-{s.warmup}-{s.decay}-{s.floor}")
-def schedule(request: pytest.FixtureRequest) -> SchedulePlan:
-    return request.param
-
-
-def test_the_last_step_is_at_the_floor(schedule: SchedulePlan) -> None:
-    assert factor(1.0, schedule) == schedule.floor
-    assert factor(1.0 + 1e-9, schedule) == schedule.floor
-
-
-def test_warm_up_is_a_straight_line_from_zero(schedule: SchedulePlan) -> None:
+@pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=lambda s: f"{s.shape}-{s.warmup}-{s.decay}-{s.floor}"
+)
+def test_up_in_a_line_then_only_down_to_the_floor(schedule: SchedulePlan) -> None:
     for progress in GRID:
         if progress < schedule.warmup:
             assert factor(progress, schedule) == pytest.approx(progress / schedule.warmup)
-
-
-def test_after_the_warm_up_it_only_falls(schedule: SchedulePlan) -> None:
     after = [factor(p, schedule) for p in GRID if p >= schedule.warmup]
     assert after == sorted(after, reverse=True)
-    assert all(schedule.floor <= value <= 1 for value in after)
-
-
-def test_the_peak_is_reached(schedule: SchedulePlan) -> None:
-    if schedule.warmup < 1:
-        assert factor(schedule.warmup, schedule) == pytest.approx(1.0)
-
-
-def test_it_has_no_jumps(schedule: SchedulePlan) -> None:
-    sudden = schedule.warmup == 1 or (schedule.shape == "wsd" and schedule.decay == 0)
-    steepest = max(1 / max(schedule.warmup, 0.01), math.pi / 2 / (1 - schedule.warmup or 1))
-    steepest = max(steepest, 1 / (schedule.decay or 1))
-    start = GRID.index(min(GRID, key=lambda p: abs(p - schedule.warmup)))
-    grid = GRID[start if schedule.warmup == 0 else 0 : -1 if sudden else None]
-    values = [factor(p, schedule) for p in grid]
-    jumps = [abs(b - a) for a, b in itertools.pairwise(values)]
-    assert max(jumps) <= 1.01 * steepest / 1000
-
-
-def test_it_is_a_pure_function(schedule: SchedulePlan) -> None:
-    forth = [factor(p, schedule) for p in GRID]
-    back = [factor(p, schedule) for p in reversed(GRID)]
-    assert forth == back[::-1]
+    assert after[0] == pytest.approx(1.0 if schedule.warmup < 1 else schedule.floor)
+    assert after[-1] == factor(1.0, schedule) == factor(1.0 + 1e-9, schedule) == schedule.floor
+    if not (schedule.warmup == 1 or (schedule.shape == "wsd" and schedule.decay == 0)):
+        steepest = max(math.pi / 2 / (1 - schedule.warmup), 1 / (schedule.decay or 1))
+        falls = [a - b for a, b in itertools.pairwise(after)]
+        assert max(falls) <= 1.01 * steepest / 1000  # no jumps
 
 
 def test_cosine_and_wsd_have_their_shapes() -> None:
     cosine = SchedulePlan(shape="cosine", warmup=0.2, decay=0.0, floor=0.1)
-    assert factor(0.1, cosine) == pytest.approx(0.5)
     assert factor(0.6, cosine) == pytest.approx(0.55)  # half-way down, half-way between 1 and 0.1
     assert factor(0.4, cosine) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     wsd = SchedulePlan(shape="wsd", warmup=0.2, decay=0.4, floor=0.1)
@@ -120,47 +93,40 @@ class Machine:
     save_every: float = math.inf
 
 
-@dataclass
-class Outcome:
-    """A simulated run."""
-
-    turns: list[Turn] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def simulate(plan: Plan, machine: Machine) -> Outcome:
+def simulate(plan: Plan, machine: Machine) -> tuple[list[Turn], float]:
     """The loop of train/loop.py with simulated work."""
     clock = Clock(plan.machine.usd_per_hour, machine.startup)
-    pace, out, last_save = Pace(plan, clock), Outcome(), machine.startup  # type: ignore[arg-type]
+    pace, last_save = Pace(plan, clock), machine.startup  # type: ignore[arg-type]
+    turns: list[Turn] = []
     every = plan.cadence.eval_every_progress
     assert every is not None
     progress = 0.0
 
-    def save() -> None:
-        nonlocal last_save
-        pace.save_seconds = machine.save()
-        clock.time += pace.save_seconds
-        last_save = clock.time
+    def spend(seconds: float) -> float:
+        clock.time += seconds
+        return seconds
 
-    while turn := pace.next(len(out.turns)):
-        took = machine.step()
-        clock.time += took
-        pace.step_took(took)
-        out.turns.append(turn)
+    def room_for(seconds: float) -> bool:
+        return not pace.timed or pace.room_for(seconds)
+
+    while turn := pace.next(len(turns)):
+        pace.step_took(spend(machine.step()))
+        turns.append(turn)
         if turn.last:
             break
-        if math.floor(turn.progress / every + 1e-9) > math.floor(progress / every + 1e-9):
-            pace.eval_seconds = machine.evaluation()
-            clock.time += pace.eval_seconds
-            save()
-        elif clock.time - last_save >= machine.save_every:
-            save()
+        crossed = math.floor(turn.progress / every + 1e-9) > math.floor(progress / every + 1e-9)
         progress = turn.progress
-    clock.time += machine.save()
+        evaluates = crossed and room_for(pace.eval_seconds + pace.save_seconds)
+        if evaluates:
+            pace.evaluation_took(spend(machine.evaluation()))
+        due = clock.time - last_save >= machine.save_every and room_for(pace.save_seconds)
+        if evaluates or due:
+            pace.save_seconds = spend(machine.save())
+            last_save = clock.time
+    spend(machine.save())
     left = pace.seconds_left() - plan.cadence.finish_seconds
-    clock.time += min(machine.evaluation(), max(0.0, left))
-    out.seconds = clock.time + plan.cadence.finish_seconds
-    return out
+    spend(min(machine.evaluation(), max(0.0, left)))
+    return turns, clock.time + plan.cadence.finish_seconds
 
 
 @dataclass(frozen=True)
@@ -176,11 +142,21 @@ class Case:
 
 
 @pytest.fixture
-def case_of(
-    small_run: Run, data_plan: DataPlan, calibration: Calibration
-) -> Callable[[random.Random, float, float], Case]:
+def solved(small_run: Run, data_plan: DataPlan, calibration: Calibration) -> Callable[..., Plan]:
+    """Plans the small run with another budget and other choices of training."""
+
+    def solved(budget: Budget, **train: Any) -> Plan:
+        train = dataclasses.replace(small_run.train, **train)
+        run = dataclasses.replace(small_run, budget=budget, train=train)
+        return solve(run, data_plan, calibration)
+
+    return solved
+
+
+@pytest.fixture
+def case_of(solved: Callable[..., Plan]) -> Callable[[random.Random, float, float], Case]:
     """Draws a budget of `seconds` with about `steps` steps, in dollars or hours or both."""
-    base = solve(small_run, data_plan, calibration)
+    base = solved(Budget(usd=0.02))
 
     def case_of(draw: random.Random, seconds: float, steps: float) -> Case:
         price = 10 ** draw.uniform(-1.5, 2.5)
@@ -200,9 +176,11 @@ def case_of(
         save = min(0.01 * seconds / count, 1.0)
         finish = min(0.8, 0.01 * seconds)
         step = seconds / steps
-        phases = {"evaluate": count * evaluation, "save": count * save + finish}
         told = dataclasses.replace(
-            base.predicted, step_seconds=Interval(step, step, step), phase_seconds=phases
+            base.predicted,
+            step_seconds=Interval(step, step, step),
+            eval_seconds=evaluation,
+            save_seconds=save,
         )
         plan = dataclasses.replace(
             base,
@@ -219,151 +197,125 @@ def case_of(
     return case_of
 
 
-def machine_of(draw: random.Random, case: Case, *, noise: float, **changes: Any) -> Machine:
-    """A machine whose speed was misjudged and whose steps vary by +-`noise`."""
-    really = case.step * draw.uniform(0.6, 1.6)
+def machine_of(
+    draw: random.Random, case: Case, *, noise: float, slower: float | None = None, **changes: Any
+) -> Machine:
+    """A machine `slower` than was promised, whose steps vary by +-`noise`."""
+    slower = draw.uniform(0.6, 1.6) if slower is None else slower
     machine = Machine(
         startup=case.startup,
-        step=lambda: really * draw.uniform(1 - noise, 1 + noise),
-        evaluation=lambda: case.evaluation * draw.uniform(0.95, 1.05),
+        step=lambda: slower * case.step * draw.uniform(1 - noise, 1 + noise),
+        evaluation=lambda: slower * case.evaluation * draw.uniform(0.95, 1.05),
         save=lambda: case.save * draw.uniform(0.8, 1.2),
     )
     return dataclasses.replace(machine, **changes)
 
 
-def check_progress(turns: list[Turn]) -> None:
-    """Rising, below 1 until the last step taken, which is at 1 and says so."""
-    progress = [turn.progress for turn in turns]
-    assert all(0 < p < 1 for p in progress[:-1])
-    assert not any(turn.last for turn in turns[:-1])
+def land(case: Case, machine: Machine, *, least: float) -> None:
+    """Progress rises, and is 1 on the last step taken and on no other; the money is spent."""
+    turns, seconds = simulate(case.plan, machine)
+    assert all(0 < turn.progress < 1 and not turn.last for turn in turns[:-1])
     assert turns[-1] == Turn(1.0, True)
+    assert least * case.seconds <= seconds <= case.seconds * LIMIT
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_time_budgets_land(seed: int, noise: float, case_of: Any) -> None:
     draw = random.Random(seed)
     case = case_of(draw, 60 * 10 ** draw.uniform(0, 3), draw.uniform(300, 1500))
-    out = simulate(case.plan, machine_of(draw, case, noise=noise))
-    check_progress(out.turns)
-    assert out.seconds <= case.seconds
-    assert out.seconds >= 0.97 * case.seconds
+    every = draw.choice([20.0, 60.0, math.inf])
+    land(case, machine_of(draw, case, noise=noise, save_every=every), least=0.97)
+    short = case_of(draw, 10 ** draw.uniform(0.5, 1.8), draw.uniform(5, 200))
+    land(short, machine_of(draw, short, noise=noise), least=0)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_short_time_budgets_are_never_exceeded(seed: int, case_of: Any) -> None:
-    draw = random.Random(seed)
-    case = case_of(draw, 10 ** draw.uniform(0.5, 1.8), draw.uniform(5, 200))
-    out = simulate(case.plan, machine_of(draw, case, noise=0.1))
-    check_progress(out.turns)
-    assert out.seconds <= case.seconds
+def far_slower(case: Case, draw: random.Random) -> Machine:
+    return machine_of(draw, case, noise=0.1, slower=2.5)
 
 
-@pytest.mark.parametrize("slower", [0.2, 5.0])
-def test_a_machine_far_from_its_promise_still_lands(slower: float, case_of: Any) -> None:
-    draw = random.Random(7)
-    case = case_of(draw, 600, 1000)
-    out = simulate(case.plan, machine_of(draw, case, noise=0.1, step=lambda: slower * case.step))
-    check_progress(out.turns)
-    assert 0.97 * case.seconds <= out.seconds <= case.seconds
+def far_faster(case: Case, draw: random.Random) -> Machine:
+    return machine_of(draw, case, noise=0.1, slower=0.4)
 
 
-def test_a_machine_that_slows_down_on_the_way_still_lands(case_of: Any) -> None:
-    draw, taken = random.Random(8), iter(range(10**9))
-    case = case_of(draw, 600, 1000)
-    machine = machine_of(draw, case, noise=0.1)
-    machine.step = lambda: case.step * (1 if next(taken) < 500 else 2)
-    out = simulate(case.plan, machine)
-    check_progress(out.turns)
-    assert 0.97 * case.seconds <= out.seconds <= case.seconds
+def slower_half_way(case: Case, draw: random.Random) -> Machine:
+    steps = itertools.chain([case.step] * 1000, itertools.repeat(2 * case.step))
+    machine = machine_of(draw, case, noise=0.1, slower=2.0)
+    return dataclasses.replace(machine, step=lambda: next(steps))
 
 
-@pytest.mark.xfail(strict=True, reason="a save near the end eats the step that was to be the last")
-def test_the_last_step_is_at_the_floor_whenever_saves_fall(case_of: Any) -> None:
-    for seed in range(150):
+def now_and_then_far_slower(case: Case, draw: random.Random) -> Machine:
+    machine = machine_of(draw, case, noise=0.1, slower=1.0, save_every=60.0)
+    step = machine.step
+    return dataclasses.replace(machine, step=lambda: step() * (8 if draw.random() < 0.03 else 1))
+
+
+def slow_to_start(case: Case, draw: random.Random) -> Machine:
+    """As with CUDA and torch.compile."""
+    steps = itertools.chain([50 * case.step], itertools.repeat(case.step))
+    machine = machine_of(draw, case, noise=0.1, slower=1.0)
+    return dataclasses.replace(machine, step=lambda: next(steps))
+
+
+ONE_STEP = pytest.mark.xfail(strict=True, reason="one slow step multiplies the reserve for the end")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        far_slower,
+        far_faster,
+        slower_half_way,
+        now_and_then_far_slower,
+        pytest.param(slow_to_start, marks=ONE_STEP),
+    ],
+)
+def test_odd_machines_land(odd: Callable[[Case, random.Random], Machine], case_of: Any) -> None:
+    for seed in range(20):
         draw = random.Random(seed)
-        case = case_of(draw, 600, 1000)
-        out = simulate(case.plan, machine_of(draw, case, noise=0.1, save_every=20.0))
-        assert out.seconds <= case.seconds
-        check_progress(out.turns)
+        case = case_of(draw, 600, 2000)
+        land(case, odd(case, draw), least=0.97)
 
 
-def test_steady_steps_make_steady_progress(case_of: Any) -> None:
-    draw = random.Random(0)
-    case = case_of(draw, 600, 500)
-    once = dataclasses.replace(case.plan.cadence, eval_every_progress=1.0)
-    plan = dataclasses.replace(case.plan, cadence=once)
-    progress = [t.progress for t in simulate(plan, machine_of(draw, case, noise=0.0)).turns]
-    assert progress == sorted(progress)
-    moves = [b - a for a, b in itertools.pairwise(progress[20:-1])]
-    assert max(moves) < 1.1 * min(moves)  # equal steps, equal shares of the money
+def test_a_late_last_step_is_paid_out_of_the_evaluation(case_of: Any) -> None:
+    case = case_of(random.Random(0), 600, 500)
+    pace = Pace(case.plan, Clock(case.plan.machine.usd_per_hour))  # type: ignore[arg-type]
+    pace.meter.time = 600 - pace.reserve()  # type: ignore[attr-defined]  # no room but the end's
+    assert pace.next(0) is None  # without a step there is nothing to land
+    assert pace.next(10) == Turn(1.0, True)
+    pace.meter.time = 600 - case.plan.cadence.finish_seconds  # type: ignore[attr-defined]
+    assert pace.next(10) is None
 
 
 def test_progress_is_the_largest_fraction_of_any_limit(case_of: Any) -> None:
     case = case_of(random.Random(0), 600, 500)
-    clock = Clock(case.plan.machine.usd_per_hour, time=60.0)
-    timed = Pace(case.plan, clock).next(0)  # type: ignore[arg-type]
-    limited = dataclasses.replace(
-        case.plan, step=dataclasses.replace(case.plan.step, max_steps=1000)
-    )
-    assert timed is not None
-    assert timed.progress < 0.2
-    assert Pace(limited, clock).next(699) == Turn(0.7, False)  # type: ignore[arg-type]
-    assert Pace(limited, clock).next(999) == Turn(1.0, True)  # type: ignore[arg-type]
-    assert Pace(limited, clock).next(1000) is None  # type: ignore[arg-type]
+    step = dataclasses.replace(case.plan.step, max_steps=1000)
+    limited = dataclasses.replace(case.plan, step=step)
+    pace = Pace(limited, Clock(case.plan.machine.usd_per_hour, time=60.0))  # type: ignore[arg-type]
+    by_time = pace.next(0)
+    assert by_time is not None
+    assert 0.1 < by_time.progress < 0.2
+    turns = [pace.next(step) for step in (699, 999, 1000)]
+    assert turns == [Turn(0.7, False), Turn(1.0, True), None]
 
 
-def test_a_resumed_run_goes_on_where_the_money_is(case_of: Any) -> None:
-    case = case_of(random.Random(0), 600, 500)
-    price = case.plan.machine.usd_per_hour
-    turns = [
-        Pace(case.plan, Clock(price, time=seconds)).next(10)  # type: ignore[arg-type]
-        for seconds in (100.0, 300.0, 500.0)
-    ]
-    progress = [turn.progress for turn in turns if turn]
-    assert len(progress) == 3
-    assert progress == sorted(set(progress))
-    spent = Pace(case.plan, Clock(price, time=600.0))  # type: ignore[arg-type]
-    assert spent.next(10) is None
-
-
-@pytest.mark.parametrize("slow", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("slow", [1e-3, 1e3])
 @pytest.mark.parametrize(
-    ("words", "steps"),
-    [
-        (Budget(steps=1), 1),
-        (Budget(steps=97), 97),
-        (Budget(tokens=512 * 50), 50),
-        (Budget(tokens=512 * 51 - 1), 50),
-        (Budget(tokens=512 * 50, steps=7), 7),
-        (Budget(tokens=512 * 7, steps=50), 7),
-    ],
+    ("budget", "steps"),
+    [(Budget(tokens=512 * 51 - 1), 50), (Budget(tokens=512 * 50, steps=7), 7)],
 )
 def test_steps_and_tokens_are_exact_whatever_the_time(
-    words: Budget,
-    steps: int,
-    slow: float,
-    small_run: Run,
-    data_plan: DataPlan,
-    calibration: Calibration,
+    solved: Callable[..., Plan], budget: Budget, steps: int, slow: float
 ) -> None:
-    plan = solve(dataclasses.replace(small_run, budget=words), data_plan, calibration)
     draw = random.Random(0)
     machine = Machine(3.0, lambda: slow * draw.uniform(0.1, 9), lambda: slow, lambda: slow)
-    turns = simulate(plan, machine).turns
-    assert [turn.progress for turn in turns] == [(i + 1) / steps for i in range(steps)]
-    check_progress(turns)
+    turns, _ = simulate(solved(budget), machine)
+    expected = [Turn((i + 1) / steps, i + 1 == steps) for i in range(steps)]
+    assert turns == expected
 
 
-@pytest.mark.xfail(strict=True, reason="the reserve holds all evaluations of train.eval_every")
-def test_the_reserve_holds_one_evaluation(
-    small_run: Run, data_plan: DataPlan, calibration: Calibration
-) -> None:
-    def reserve(eval_every: int) -> float:
-        train = dataclasses.replace(small_run.train, eval_every=eval_every, eval_tokens=11_154)
-        both = Budget(usd=1.0, steps=1000)
-        run = dataclasses.replace(small_run, budget=both, train=train)
-        plan = solve(run, data_plan, calibration)
-        return Pace(plan, Clock(0.4)).reserve()  # type: ignore[arg-type]
-
-    assert reserve(eval_every=10) == pytest.approx(reserve(eval_every=1000))
+def test_the_reserve_holds_one_evaluation(solved: Callable[..., Plan]) -> None:
+    both = Budget(usd=1.0, steps=1000)
+    plans = [solved(both, eval_every=every, eval_tokens=11_154) for every in (10, 1000)]
+    often, rarely = (Pace(plan, Clock(0.4)).reserve() for plan in plans)  # type: ignore[arg-type]
+    assert often == pytest.approx(rarely)

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-SPIN_COUNT = "2000"  # OpenMP's busy-wait before a thread sleeps; see `settle_threads`
+SPIN_COUNT = "1000"  # OpenMP's busy-wait before a thread sleeps; see `settle_threads`
 
 
 def process_start() -> float:
@@ -56,10 +56,11 @@ def usable_cores() -> int:
 def settle_threads(threads: int) -> dict[str, str]:
     """Choose OpenMP's threads and wait policy. Call it before torch is first imported.
 
-    OpenMP's idle threads spin for milliseconds by default. On a core that something else needs
-    too, the spinner holds up the very thread that it waits for, and throughput falls up to
-    fifty-fold. A short spin, then sleep, costs a few percent alone and keeps the fall in
-    proportion (docs/LOG.md has both measured). What the person has set in the environment stays.
+    Training runs each core as a worker of its own (workers.py); OpenMP is left with what cannot be
+    divided so. Its idle threads spin for milliseconds by default, and on a core that something
+    else needs too the spinner holds up the very thread that it waits for: throughput falls up to a
+    hundredfold (docs/LOG.md). A short spin, then sleep, keeps the fall in proportion. What the
+    person has set in the environment stays.
     """
     assert "torch" not in sys.modules, "torch reads its thread settings when it is imported"
     chosen = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, "KMP_BLOCKTIME": "0"}

@@ -32,20 +32,30 @@ def shakespeare() -> Run:
     return Run(
         budget=Budget(usd=0.02),
         machine=Machine(usd_per_hour=0.40),
-        model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=256, sequence_len=128),
+        model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=192, sequence_len=128),
         data=Data(source="shakespeare", tokenizer="char"),
-        train=Train(batch_tokens=16 * 128, learning_rate=3e-3, weight_decay=0.1, beta2=0.99),
+        train=Train(
+            batch_tokens=16 * 128, learning_rate=3e-3, warmup=0.1, weight_decay=0.5, beta2=0.99
+        ),
     )
 
 
 def quickstart() -> Run:
     """nanoGPT's CPU quickstart shape (4 layers, width 128, T=64, batch 12), tuned for time."""
     return Run(
-        budget=Budget(steps=1000),
+        budget=Budget(steps=1250),
         machine=Machine(usd_per_hour=0.40),
         model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=128, sequence_len=64),
         data=Data(source="shakespeare", tokenizer="char"),
-        train=Train(batch_tokens=12 * 64, learning_rate=4e-3, weight_decay=0.1, beta2=0.99),
+        train=Train(
+            batch_tokens=12 * 64,
+            learning_rate=8e-3,
+            schedule="wsd",
+            warmup=0.05,
+            decay=0.95,
+            weight_decay=0.1,
+            beta2=0.98,
+        ),
     )
 
 

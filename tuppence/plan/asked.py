@@ -27,10 +27,10 @@ def check_supported(run: Run) -> None:
         if value is not None and value not in allowed:
             there_are = " or ".join(str(a) for a in allowed) or "only model.n_layer and the like"
             raise UserError(f"{key}={value}: this version has {there_are}")
-    for key in ("val_tokens", "max_tokens"):
+    for key, least in (("val_tokens", 2), ("max_tokens", 1)):
         value = getattr(run.data, key)
-        if value is not None and value < 1:
-            raise UserError(f"data.{key}={value}: at least 1, or leave it out")
+        if value is not None and value < least:
+            raise UserError(f"data.{key}={value}: at least {least}, or leave it out")
     elsewhere = {
         "machine.cloud": run.machine.cloud,
         "machine.instance_type": run.machine.instance_type,
@@ -129,6 +129,11 @@ def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
         raise UserError(
             f"data.source={data.source}: {data.train_tokens:,} training tokens are less than one "
             f"sequence of {length:,} + 1; {needs} model.sequence_len"
+        )
+    if data.val_tokens < 2:
+        raise UserError(
+            f"data.source={data.source}: a val split of {data.val_tokens} tokens predicts nothing; "
+            f"give more text or data.val_tokens=2 or more"
         )
     if data.train_tokens < batch_tokens + 1:
         raise UserError(

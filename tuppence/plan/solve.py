@@ -49,7 +49,7 @@ FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
 EVAL_SHARE = 0.04  # of a run that its evaluations may take together
 MAX_EVALS = 10
 SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
-SAMPLE_SHARE = 0.01
+SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
 
 
@@ -172,7 +172,7 @@ def _solve_cadence(
         seconds = min(seconds, step.max_steps * units.step)
     tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
-    samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / units.sample_token))
+    samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
     return CadencePlan(
         eval_every_steps=train.eval_every,
         eval_every_progress=None if train.eval_every else 1 / count,

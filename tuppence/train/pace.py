@@ -57,9 +57,8 @@ class Pace:
         """Seconds that the end of the run needs: save, evaluate, sample, receipt, exit."""
         held = HELD_BACK * (self.meter.seconds() + self.seconds_left()) if self.timed else 0.0
         evaluation = self.eval_seconds
-        if not self.eval_measured:  # a guess: as far off as the guess of a step was
-            slower = self.step_seconds() / self.plan.predicted.step_seconds.mid
-            evaluation *= max(1.0, slower)
+        if not self.eval_measured and self._recent:  # a guess: as far off as that of a step was
+            evaluation *= min(self._recent) / self.plan.predicted.step_seconds.mid
         end = 1.5 * self.save_seconds + 1.1 * evaluation
         return end + self.plan.cadence.finish_seconds + held
 
