@@ -211,12 +211,7 @@ def test_words_that_are_no_command(tuppence: Command, words: list[str]) -> None:
     assert answer.document["error"] == {"exit_code": 2, "message": answer.line}
 
 
-LATE = pytest.mark.xfail(strict=True, reason="refused when all is trained and paid for")
-
-
-@pytest.mark.parametrize(
-    "word", ["train.sample_prompt=é", pytest.param("data.val_tokens=1", marks=LATE)]
-)
+@pytest.mark.parametrize("word", ["train.sample_prompt=é", "data.val_tokens=1"])
 def test_what_is_refused_after_the_preparation_leaves_no_run(
     tuppence: Command, here: Path, word: str
 ) -> None:

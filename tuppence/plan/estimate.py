@@ -27,6 +27,7 @@ ROOFLINE_SPREAD = (0.5, 1.0, 2.5)
 DISPATCH_SECONDS = 0.003  # of one forward pass over one short sequence, whatever its width
 HASH_BYTES_PER_SECOND = 1.2e9
 PREPARED_SECONDS = 0.1
+LIBRARIES_GIB = 0.13  # what kernels and allocators add to the bare process in the first steps
 PREPARE_TOKENS_PER_SECOND = 1.5e6  # two cores, GPT-2 tokens (docs/BENCHMARKS.md)
 
 
@@ -109,7 +110,7 @@ def peak_memory_gib(model: ModelPlan, timing: Timing, calibration: Calibration) 
     more_gradients = 4 * model.params * (timing.workers - 1)
     state = cost.state_bytes(model.params) + more_gradients
     each = timing.workers * (cast + activations)
-    return calibration.startup_rss_gib + (state + each) / cost.GIB
+    return calibration.startup_rss_gib + LIBRARIES_GIB + (state + each) / cost.GIB
 
 
 def choose_timing(

@@ -35,13 +35,17 @@ class Pace:
         self.plan, self.meter = plan, meter
         self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
         self.timed = self.limit_usd is not None or self.limit_hours is not None
+        self._warm = False
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.eval_seconds = plan.predicted.eval_seconds
         self.save_seconds = plan.predicted.save_seconds
         self.eval_measured = False
 
     def step_took(self, seconds: float) -> None:
-        self._recent.append(seconds)
+        """An attempt's first step compiles and allocates, and says nothing about the others."""
+        if self._warm:
+            self._recent.append(seconds)
+        self._warm = True
 
     def step_seconds(self) -> float:
         """What a step takes now: the recent median, before any the plan's guess."""
