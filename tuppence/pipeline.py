@@ -236,6 +236,8 @@ def _attempt(
     try:
         if not folder.exists():
             folder.write_json("run.json", dataclasses.asdict(wanted))
+        if draft is not None and not draft.data.exact:
+            say(plan_text(draft))  # preparing may take long: here is what it is for
         with meter.phase("prepare"):
             made, data = prepared(wanted, Path(args.data), fresh=False, tick=meter.beat)
         if draft is not None:

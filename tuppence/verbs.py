@@ -68,6 +68,7 @@ def run(args: Namespace) -> Document:
     folder, done = spend(args)
     if done:
         say(f"{folder.path} is finished; this is its receipt (--fresh starts over)")
+    if done and folder.file("receipt.json").exists():
         told = report.build(folder)
     else:
         told = report.write(folder)
