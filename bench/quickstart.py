@@ -84,7 +84,7 @@ def run_peer(peer: Path) -> tuple[float, float, float]:
     milliseconds = [float(ms) for ms in re.findall(r"time ([\d.]+)ms", done.stdout)[5:]]
     judge = [sys.executable, str(Path(__file__).with_name("judge_nanogpt.py")), str(peer)]
     judged = subprocess.run(judge, check=True, capture_output=True, text=True)
-    return seconds, float(judged.stdout), 768 / statistics.median(milliseconds) * 1e3
+    return seconds, float(judged.stdout.split()[-1]), 768 / statistics.median(milliseconds) * 1e3
 
 
 def report(ours: list[tuple[float, ...]], theirs: list[tuple[float, ...]]) -> None:

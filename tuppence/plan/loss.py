@@ -29,7 +29,20 @@ class Fit:
     points: int
 
 
-FITS: tuple[Fit, ...] = ()
+FITS: tuple[Fit, ...] = (
+    Fit(
+        source="shakespeare",
+        tokenizer="char",
+        shape=("gpt2", 4, 192, 128),
+        floor=1.2596,
+        scale=3002,
+        alpha=0.600,
+        min_tokens=614_400,
+        max_tokens=7_168_000,
+        spread=0.015,
+        points=5,
+    ),
+)
 
 
 def predict(data: DataPlan, model: ModelPlan, tokens: float) -> tuple[Interval | None, str]:
