@@ -26,6 +26,12 @@ from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
 from tuppence.plot import loss_plot, smooth
 
+
+def built(folder: RunFolder) -> dict:
+    """The receipt's document."""
+    return report.build(folder, folder.latest("metrics"), folder.latest("evals"))
+
+
 GOLDEN = Path(__file__).parent / "golden"
 T0 = 1_767_225_600.0  # 2026-01-01, midnight
 
@@ -163,7 +169,7 @@ def test_what_others_rely_on_is_there(folder: RunFolder) -> None:
 
 
 def test_what_was_paid(folder: RunFolder) -> None:
-    told = report.build(folder)
+    told = built(folder)
     assert told["usd"] == told["actual"]["usd"] == pytest.approx(176 / 3600 * 0.4)
     assert sum(part["usd"] for part in told["phases"]) == pytest.approx(told["usd"])
     assert told["actual"]["tokens"] == 6 * 512  # what was beyond the save never happened
@@ -184,7 +190,7 @@ def test_the_budget_told_is_the_one_that_ended_the_run(
     folder: RunFolder, plan: Plan, budget: Budget, kind: str
 ) -> None:
     folder.write_json("plan.json", dataclasses.asdict(dataclasses.replace(plan, budget=budget)))
-    told = report.build(folder)["budget"]
+    told = built(folder)["budget"]
     assert told["kind"] == kind
     assert told["fraction"] == pytest.approx(told["spent"] / told["limit"])
     assert 0.97 <= told["fraction"] <= 1
@@ -212,7 +218,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_the_terminal_text_has_every_number(folder: RunFolder) -> None:
-    text = report.as_text(report.build(folder))
+    text = report.as_text(built(folder))
     assert text.startswith("receipt   small: spent $0.0196 of $0.0200 (97.8%); val loss 2.5000\n")
     for part in ("0.0200", "0.0196", "2m56s", "3,072", "1,024", "25%", "12%", "0.75 GiB", "lost"):
         assert part in text

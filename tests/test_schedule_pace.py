@@ -15,7 +15,7 @@ import pytest
 from tuppence.config import Budget, DataPlan, Interval, Plan, Run, SchedulePlan
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
-from tuppence.train.pace import Pace, Turn
+from tuppence.train.pace import Pace, Turn, finish_seconds
 from tuppence.train.schedule import factor
 
 # ---------------------------------------------------------------- schedule
@@ -107,7 +107,7 @@ def simulate(plan: Plan, machine: Machine) -> tuple[list[Turn], float]:
         return seconds
 
     def room_for(seconds: float) -> bool:
-        return not pace.timed or pace.room_for(seconds)
+        return not pace.timed or pace.room_for(seconds, len(turns))
 
     while turn := pace.next(len(turns)):
         pace.step_took(spend(machine.step()))
@@ -124,9 +124,10 @@ def simulate(plan: Plan, machine: Machine) -> tuple[list[Turn], float]:
             pace.save_seconds = spend(machine.save())
             last_save = clock.time
     spend(machine.save())
-    left = pace.seconds_left() - plan.cadence.finish_seconds
+    finish = finish_seconds(plan, len(turns))
+    left = pace.seconds_left() - finish
     spend(min(machine.evaluation(), max(0.0, left)))
-    return turns, clock.time + plan.cadence.finish_seconds
+    return turns, clock.time + finish
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def test_odd_machines_land(odd: Callable[[Case, random.Random], Machine], case_o
 def test_a_late_last_step_is_paid_out_of_the_evaluation(case_of: Any) -> None:
     case = case_of(random.Random(0), 600, 500)
     pace = Pace(case.plan, Clock(case.plan.machine.usd_per_hour))  # type: ignore[arg-type]
-    pace.meter.time = 600 - pace.reserve()  # type: ignore[attr-defined]  # no room but the end's
+    pace.meter.time = 600 - pace.reserve(10)  # type: ignore[attr-defined]  # no room but the end's
     assert pace.next(0) is None  # without a step there is nothing to land
     assert pace.next(10) == Turn(1.0, True)
     pace.meter.time = 600 - case.plan.cadence.finish_seconds  # type: ignore[attr-defined]
@@ -307,5 +308,5 @@ def test_steps_and_tokens_are_exact_whatever_the_time(
 def test_the_reserve_holds_one_evaluation(solved: Callable[..., Plan]) -> None:
     both = Budget(usd=1.0, steps=1000)
     plans = [solved(both, eval_every=every, eval_tokens=11_154) for every in (10, 1000)]
-    often, rarely = (Pace(plan, Clock(0.4)).reserve() for plan in plans)  # type: ignore[arg-type]
+    often, rarely = (Pace(plan, Clock(0.4)).reserve(0) for plan in plans)  # type: ignore[arg-type]
     assert often == pytest.approx(rarely)

@@ -24,6 +24,7 @@ from tuppence.plan.solve import solve
 from tuppence.train import loop
 from tuppence.train.interrupt import Interrupted
 from tuppence.train.loop import train
+from tuppence.train.optim import adamw
 
 TINY = [
     "budget.steps=20",
@@ -207,6 +208,31 @@ def test_best_stays_when_later_losses_are_worse(plan_of, tmp_path, shards, monke
     assert pointer.step == 10
     assert (folder.checkpoints / "step_00000010" / "model.safetensors").exists()
     assert [p.name for p in checkpoint.complete(folder)][1:] == ["step_00000055", "step_00000060"]
+
+
+def test_a_kill_between_a_save_and_its_pointers_is_mended(
+    plan_of, tmp_path, shards, monkeypatch
+) -> None:
+    straight = spend(plan_of(), tmp_path / "straight", shards)
+    point = checkpoint.point
+
+    def killed(folder: RunFolder, name: str, pointer: checkpoint.Pointer) -> None:
+        if name == "best" and pointer.step == 10:
+            raise SystemExit
+        point(folder, name, pointer)
+
+    monkeypatch.setattr(checkpoint, "point", killed)
+    with pytest.raises(SystemExit):
+        spend(plan_of("train.save_every=100"), tmp_path / "run", shards)
+    monkeypatch.setattr(checkpoint, "point", point)
+    assert checkpoint.pointer(RunFolder(tmp_path / "run"), "best") is None
+    model = GPT2(plan_of().model)
+    checkpoint.load_newest(RunFolder(tmp_path / "run"), model, adamw(model, plan_of().optimizer))
+    best = checkpoint.pointer(RunFolder(tmp_path / "run"), "best")
+    assert best is not None
+    assert best.step == 10
+    resumed = spend(plan_of("train.save_every=100"), tmp_path / "run", shards, attempt=2)
+    same_but_progress(straight, resumed)
 
 
 def test_evaluation_is_the_mean_over_every_val_token(plan_of, tmp_path, shards) -> None:

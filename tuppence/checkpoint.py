@@ -133,14 +133,21 @@ def load_newest(
 ) -> State | None:
     """Load the newest checkpoint that verifies; None where there is none at all.
 
-    A damaged one is passed over with an event. Raises Fault where all are damaged.
+    A damaged one is passed over with an event. Raises Fault where all are damaged. The pointers
+    are set as the save that made it would have set them, had a kill not come between.
     """
     there = complete(folder)
     for path in reversed(there):
         try:
-            return load(path, model, optimizer)
+            state = load(path, model, optimizer)
         except Fault as error:
             folder.event("checkpoint_damaged", str(error), path=path.name)
+            continue
+        here = Pointer(state.step, path.name, file_sha256(path / "model.safetensors"))
+        point(folder, "last", here)
+        if state.best_step == state.step:
+            point(folder, "best", here)
+        return state
     if there:
         raise Fault(
             f"all {len(there)} checkpoints of {folder.path} are damaged (events.jsonl says how); "

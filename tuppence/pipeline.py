@@ -28,9 +28,9 @@ from tuppence.plan.asked import check_budget, check_supported
 from tuppence.plan.describe import plan_text
 from tuppence.plan.estimate import rounds
 from tuppence.plan.solve import solve
+from tuppence.train.pace import finish_seconds
 
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
-LEARN_STEPS = 20  # a run shorter than this says too little about a step's time
 
 
 def say(text: str) -> None:
@@ -253,13 +253,14 @@ def _attempt(
 
         from tuppence.train.loop import train as train_loop
 
-        train_loop(frozen, folder, made.folder, meter=meter, attempt=attempt)
+        done = train_loop(frozen, folder, made.folder, meter=meter, attempt=attempt)
         folder.event("end", "finished", attempt=attempt, peak_memory_gib=host.peak_rss_gib())
-        allowance = frozen.cadence.finish_seconds
+        allowance = finish_seconds(frozen, done.steps)
     finally:
         meter.close(allowance=allowance)
         folder.close()
-    _learn(frozen, folder)
+    if done.step_seconds is not None:
+        _learn(frozen, done.step_seconds)
 
 
 def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
@@ -344,23 +345,16 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _learn(done: Plan, folder: RunFolder) -> None:
-    """Keep the step time that this run really had, for the next plan of the same shape."""
+def _learn(done: Plan, step_seconds: float) -> None:
+    """Keep the step time that a run really had, for the next plan of the same shape."""
     kept = hardware.load_calibration(done.machine.device, done.machine.threads)
-    rows = folder.latest("metrics")
-    if kept is None or len(rows) < LEARN_STEPS:
+    if kept is None:
         return
-    seconds = sorted(row["step_seconds"] for row in rows)[len(rows) // 2]
     key = hardware.shape_key(done.model, done.step.micro_batch, done.step.workers)
-    same = [
-        t
-        for t in kept.timings.get(key, ())
-        if (t.precision, t.attention) == (done.machine.precision, done.machine.attention)
-    ]
-    if not same:
+    way = (done.machine.precision, done.machine.attention)
+    same = [t for t in kept.timings.get(key, ()) if (t.precision, t.attention) == way]
+    if not same or step_seconds <= same[-1].update_seconds:
         return
-    one_round = (seconds - same[-1].update_seconds) / rounds(done.step)
-    if one_round <= 0:
-        return
+    one_round = (step_seconds - same[-1].update_seconds) / rounds(done.step)
     learned = dataclasses.replace(same[-1], round_seconds=one_round, source="seen in a run")
     hardware.save_calibration(kept.with_timings(key, [learned]))

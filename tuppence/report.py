@@ -22,17 +22,17 @@ Document = dict[str, Any]
 
 def write(folder: RunFolder) -> Document:
     """Build the receipt and write it as JSON, Markdown and HTML into the run folder."""
-    told = build(folder)
+    metrics, evals = folder.latest("metrics"), folder.latest("evals")
+    told = build(folder, metrics, evals)
     folder.write_json("receipt.json", told)
     write_text(folder.file("receipt.md"), as_markdown(told))
-    write_text(folder.file("receipt.html"), as_html(told, folder))
+    write_text(folder.file("receipt.html"), as_html(told, metrics, evals))
     return told
 
 
-def build(folder: RunFolder) -> Document:
+def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> Document:
     """The receipt as one document. Raises UserError where nothing was trained yet."""
     plan = folder.plan()
-    metrics, evals = folder.latest("metrics"), folder.latest("evals")
     if not metrics:
         raise UserError(f"{folder.path}: no step was taken yet, so there is nothing to account for")
     charged = spent(folder)
@@ -218,9 +218,8 @@ def as_markdown(told: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_html(told: Document, folder: RunFolder) -> str:
+def as_html(told: Document, metrics: list[Document], evals: list[Document]) -> str:
     """The receipt as one page: no network, light and dark."""
-    metrics, evals = folder.latest("metrics"), folder.latest("evals")
     train = [(row["tokens"], row["loss"]) for row in metrics if row["loss"] is not None]
     at = {row["step"]: row["tokens"] for row in metrics}
     val = [(at[row["step"]], row["loss"]) for row in evals if row["step"] in at]

@@ -68,10 +68,7 @@ def run(args: Namespace) -> Document:
     folder, done = spend(args)
     if done:
         say(f"{folder.path} is finished; this is its receipt (--fresh starts over)")
-    if done and folder.file("receipt.json").exists():
-        told = report.build(folder)
-    else:
-        told = report.write(folder)
+    told = report.write(folder)
     if not args.json:
         print(report.as_text(told))
     return told

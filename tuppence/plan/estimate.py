@@ -120,23 +120,25 @@ def choose_timing(
 
     Where this shape was not measured, a roofline: a share of the measured matmul ceiling.
     """
-    train = run.train
-    ways = [
-        t
-        for t in calibration.timings.get(shape_key(model, micro, workers), ())
-        if train.precision in (None, t.precision) and train.attention in (None, t.attention)
-    ]
+    ways = ways_to_run(run, model, micro, workers, calibration)
     if not ways:
         return _roofline(run, model, micro, workers, calibration)
-    fastest = min((_median(t, ways) for t in ways), key=lambda t: t.round_seconds)
-    return dataclasses.replace(fastest, compile=train.compile or False)
+    fastest = min(ways, key=lambda t: t.round_seconds)
+    return dataclasses.replace(fastest, compile=run.train.compile or False)
 
 
-def _median(timing: Timing, ways: list[Timing]) -> Timing:
-    """The middle one of all measurements of the same way to run the step."""
-    way = (timing.precision, timing.attention)
-    same = [t for t in ways if (t.precision, t.attention) == way]
-    return sorted(same, key=lambda t: t.round_seconds)[len(same) // 2]
+def ways_to_run(
+    run: Run, model: ModelPlan, micro: int, workers: int, calibration: Calibration
+) -> list[Timing]:
+    """What was measured of this step and the person's choices allow; of each way the median."""
+    ways: dict[tuple[str, str], list[Timing]] = {}
+    for timing in calibration.timings.get(shape_key(model, micro, workers), ()):
+        wanted = (run.train.precision, run.train.attention)
+        way = (timing.precision, timing.attention)
+        if all(ask in (None, have) for ask, have in zip(wanted, way, strict=True)):
+            ways.setdefault(way, []).append(timing)
+    by_time = (sorted(same, key=lambda t: t.round_seconds) for same in ways.values())
+    return [same[len(same) // 2] for same in by_time]
 
 
 def _roofline(

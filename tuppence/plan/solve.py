@@ -40,6 +40,7 @@ from tuppence.plan.estimate import (
     peak_memory_gib,
     predict,
     unit_seconds,
+    ways_to_run,
     workers_of,
 )
 from tuppence.plan.hardware import Calibration, Timing
@@ -62,7 +63,7 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     timing = choose_timing(run, model, step.micro_batch, step.workers, calibration)
     peak_gib = peak_memory_gib(model, timing, calibration)
     _check_memory(step, peak_gib, calibration)
-    machine = _solve_machine(run, calibration, timing)
+    machine = _solve_machine(run, calibration, model, timing)
     units = unit_seconds(model, step, timing, calibration)
     schedule, optimizer = solve_recipe(run)
     cadence = _solve_cadence(run, budget, data, model, step, machine, units)
@@ -117,7 +118,9 @@ def _solve_step(
     )
 
 
-def _solve_machine(run: Run, calibration: Calibration, timing: Timing) -> MachinePlan:
+def _solve_machine(
+    run: Run, calibration: Calibration, model: ModelPlan, timing: Timing
+) -> MachinePlan:
     wanted = {"gpu": run.machine.gpu, "gpu_count": run.machine.gpu_count}
     for key, value in wanted.items():
         if value not in (None, "cpu", 0) and calibration.device == "cpu":
@@ -133,7 +136,7 @@ def _solve_machine(run: Run, calibration: Calibration, timing: Timing) -> Machin
         name=calibration.name,
         threads=calibration.threads,
         precision=timing.precision,
-        precision_why=_why_precision(run, calibration, timing),
+        precision_why=_why_precision(run, calibration, model, timing),
         attention=timing.attention,
         compile=timing.compile,
         peak_tflops=calibration.matmul_tflops[timing.precision],
@@ -144,13 +147,18 @@ def _solve_machine(run: Run, calibration: Calibration, timing: Timing) -> Machin
     )
 
 
-def _why_precision(run: Run, calibration: Calibration, timing: Timing) -> str:
+def _why_precision(run: Run, calibration: Calibration, model: ModelPlan, timing: Timing) -> str:
     if run.train.precision is not None:
         return "asked"
     if timing.source == "roofline":
         listed = ", ".join(f"{p} {rate:.2f}" for p, rate in calibration.matmul_tflops.items())
         return f"the higher matmul ceiling here ({listed} TFLOPS)"
-    return f"the fastest step here, {timing.source}"
+    ways = ways_to_run(run, model, timing.micro_batch, timing.workers, calibration)
+    listed = ", ".join(
+        f"{t.precision} {t.attention} {t.round_seconds * 1e3:.1f}"
+        for t in sorted(ways, key=lambda t: t.round_seconds)
+    )
+    return f"fastest here ({listed} ms a micro-batch, {timing.source})"
 
 
 def _solve_cadence(

@@ -33,7 +33,7 @@ from tuppence.live import Live, duration
 from tuppence.model import build
 from tuppence.train.interrupt import Interrupt, Interrupted
 from tuppence.train.optim import adamw
-from tuppence.train.pace import Pace, Turn
+from tuppence.train.pace import Pace, Turn, finish_seconds
 from tuppence.train.schedule import factor
 from tuppence.train.step import StepResult, dropout_keys, micro_batches, train_step
 from tuppence.workers import Workers
@@ -75,7 +75,17 @@ class Trainer:
     last_save: float = 0.0
 
 
-def train(plan: Plan, folder: RunFolder, data_folder: Path, *, meter: Meter, attempt: int) -> State:
+@dataclass(frozen=True)
+class Outcome:
+    """Steps of the whole run, and the seconds one took in this attempt (None: too few to say)."""
+
+    steps: int
+    step_seconds: float | None
+
+
+def train(
+    plan: Plan, folder: RunFolder, data_folder: Path, *, meter: Meter, attempt: int
+) -> Outcome:
     """Train `plan` in `folder` from its newest checkpoint, or from the start, to its end.
 
     Raises Interrupted after a signal (saved), Fault for what cannot go on (nothing saved is lost).
@@ -97,7 +107,7 @@ def train(plan: Plan, folder: RunFolder, data_folder: Path, *, meter: Meter, att
             elif _due_save(trainer):
                 _save(trainer)
         _finish(trainer)
-    return trainer.state
+    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds())
 
 
 def _set_up(
@@ -277,7 +287,7 @@ def _guard(trainer: Trainer, result: StepResult) -> None:
 def _due_evaluation(trainer: Trainer, previous: float) -> bool:
     """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
     cadence, state, pace = trainer.plan.cadence, trainer.state, trainer.pace
-    if pace.timed and not pace.room_for(pace.eval_seconds + pace.save_seconds):
+    if pace.timed and not pace.room_for(pace.eval_seconds + pace.save_seconds, state.step):
         return False
     if cadence.eval_every_steps is not None:
         return state.step % cadence.eval_every_steps == 0
@@ -288,7 +298,7 @@ def _due_evaluation(trainer: Trainer, previous: float) -> bool:
 
 def _due_save(trainer: Trainer) -> bool:
     cadence, pace = trainer.plan.cadence, trainer.pace
-    if pace.timed and not pace.room_for(pace.save_seconds):
+    if pace.timed and not pace.room_for(pace.save_seconds, trainer.state.step):
         return False
     if cadence.save_every_steps is not None:
         return trainer.state.step % cadence.save_every_steps == 0
@@ -404,7 +414,7 @@ def _finish(trainer: Trainer) -> None:
     trainer.state = replace(trainer.state, finished=True)
     _save(trainer)
     _stop_if_asked(trainer)
-    left = trainer.pace.seconds_left() - trainer.plan.cadence.finish_seconds
+    left = trainer.pace.seconds_left() - finish_seconds(trainer.plan, trainer.state.step)
     _evaluate(trainer, deadline=time.monotonic() + left)
     last = checkpoint.pointer(trainer.folder, "last")
     if last is not None and checkpoint.pointer(trainer.folder, "best") is None:

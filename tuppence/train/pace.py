@@ -18,6 +18,12 @@ from tuppence.ledger import Meter
 RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
 HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
+RECEIPT_STEP_SECONDS = 4e-5  # to read a step's row again for the receipt
+
+
+def finish_seconds(plan: Plan, steps: int) -> float:
+    """The allowance for receipt and exit after so many steps, charged in advance."""
+    return plan.cadence.finish_seconds + steps * RECEIPT_STEP_SECONDS
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,31 @@ class Pace:
             return self.plan.predicted.step_seconds.mid
         return statistics.median(self._recent)
 
+    def seen_step_seconds(self) -> float | None:
+        """The recent median, once there are enough steps to speak of one."""
+        full = len(self._recent) == self._recent.maxlen
+        return statistics.median(self._recent) if full else None
+
     def seconds_left(self) -> float:
         """Until the first time limit, everything included."""
         return self.meter.seconds_left(usd=self.limit_usd, hours=self.limit_hours)
 
-    def reserve(self) -> float:
-        """Seconds that the end of the run needs: save, evaluate, sample, receipt, exit."""
+    def reserve(self, step: int) -> float:
+        """Seconds that the end of a run of `step` steps needs: save, evaluate, sample, finish."""
         held = HELD_BACK * (self.meter.seconds() + self.seconds_left()) if self.timed else 0.0
         evaluation = self.eval_seconds
         if not self.eval_measured and self._recent:  # a guess: as far off as that of a step was
             evaluation *= min(self._recent) / self.plan.predicted.step_seconds.mid
         end = 1.5 * self.save_seconds + 1.1 * evaluation
-        return end + self.plan.cadence.finish_seconds + held
+        return end + finish_seconds(self.plan, step) + held
 
     def evaluation_took(self, seconds: float) -> None:
         self.eval_seconds, self.eval_measured = seconds, True
 
-    def room_for(self, seconds: float) -> bool:
+    def room_for(self, seconds: float, step: int) -> bool:
         """Whether something that takes so long fits in before the last steps and the end."""
-        return self.seconds_left() - self.reserve() > 1.5 * seconds + 4 * self.step_seconds()
+        left = self.seconds_left() - self.reserve(step)
+        return left > 1.5 * seconds + 4 * self.step_seconds()
 
     def next(self, step: int) -> Turn | None:
         """The turn of step number `step` (from 0), or None when it cannot be afforded."""
@@ -83,7 +95,7 @@ class Pace:
             last = step + 1 == self.plan.step.max_steps
         if self.timed:
             one = self.step_seconds()
-            left = self.seconds_left() - self.reserve()
+            left = self.seconds_left() - self.reserve(step)
             if left < one:
                 return self._landing(step, one)
             spent = self.meter.seconds()
@@ -95,6 +107,6 @@ class Pace:
     def _landing(self, step: int, one: float) -> Turn | None:
         """A late last step: the steps before took far longer than usual, and the learning rate is
         still up. It is paid out of the evaluation, which its deadline will cut short."""
-        must = 1.5 * self.save_seconds + self.plan.cadence.finish_seconds
+        must = 1.5 * self.save_seconds + finish_seconds(self.plan, step)
         late = step > 0 and self.seconds_left() - must > CAUTION * one
         return Turn(1.0, last=True) if late else None
