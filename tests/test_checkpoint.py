@@ -97,6 +97,7 @@ def state_of(step: int) -> State:
         tokens_sha="ab" * 32,
         progress=step / 7,  # not a short decimal
         finished=False,
+        evaluation_due=False,
         bad_steps=1,
         best_step=None if step == 1 else 1,
         best_val_loss=None if step == 1 else 10 / 3,

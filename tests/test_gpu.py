@@ -1,4 +1,4 @@
-"""On a CUDA card: it plans, trains, resumes and evaluates there, and agrees with the CPU."""
+"""On a CUDA card: it plans, trains and evaluates there, and agrees with the CPU."""
 
 import json
 import subprocess

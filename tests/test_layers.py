@@ -12,7 +12,7 @@ import tuppence
 
 ROOT = Path(tuppence.__file__).parent
 LAYERS = {
-    0: ["tuppence", "errors", "config", "host", "live", "plot"],
+    0: ["tuppence", "errors", "config", "host", "live", "plot", "files"],
     1: ["plan", "data", "folder", "ledger"],
     2: ["model", "recipes"],
     3: ["checkpoint", "evals", "workers"],

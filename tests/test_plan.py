@@ -238,10 +238,13 @@ def test_a_loss_is_promised_only_where_it_was_measured(
     unknown = world.with_data(source="texts/*.txt").plan()
     assert "loss_unknown" in codes(unknown)
     assert unknown.predicted.val_loss is None
+    given = world.plan()
     fit = loss.Fit(
         source="shakespeare",
         tokenizer="char",
-        shape=("gpt2", 2, 64, 32),
+        recipe=loss.recipe_of(
+            given.model, given.step.batch_tokens, given.optimizer, given.schedule
+        ),
         floor=1.0,
         scale=20.0,
         alpha=0.25,
@@ -257,7 +260,12 @@ def test_a_loss_is_promised_only_where_it_was_measured(
     assert promised is not None
     assert promised.mid == pytest.approx(1.0 + 20.0 * known.predicted.tokens.mid**-0.25)
     assert (promised.low, promised.high) == (promised.mid - 0.1, promised.mid + 0.1)
-    for word in ("model.n_layer=3", "budget.tokens=9e6", "budget.tokens=4e5"):
+    for word in (
+        "model.n_layer=3",
+        "train.learning_rate=1e-4",
+        "budget.tokens=9e6",
+        "budget.tokens=4e5",
+    ):
         words = [word] if "tokens" in word else ["budget.tokens=2e6", word]
         assert world.plan(*words).predicted.val_loss is None  # another shape, or too far away
 

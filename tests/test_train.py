@@ -171,6 +171,28 @@ def test_a_stop_and_a_resume_change_nothing(plan_of, tmp_path, shards, monkeypat
     ]
 
 
+def test_a_stop_inside_an_evaluation_only_puts_it_off(
+    plan_of, tmp_path, shards, monkeypatch
+) -> None:
+    straight = spend(plan_of(), tmp_path / "straight", shards)
+    val_loss = loop._val_loss
+
+    def stopped(trainer: loop.Trainer, deadline: float):
+        if trainer.state.attempt == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return val_loss(trainer, deadline)
+
+    monkeypatch.setattr(loop, "_val_loss", stopped)
+    with pytest.raises(Interrupted, match="saved at step 10"):
+        spend(plan_of(), tmp_path / "run", shards)
+    assert not RunFolder(tmp_path / "run").latest("evals")
+    resumed = spend(plan_of(), tmp_path / "run", shards, attempt=2)
+    same_but_progress(straight, resumed)
+    assert weights_sha(straight, "best") == weights_sha(resumed, "best")
+    told = [[(r["step"], r["loss"]) for r in f.latest("evals")] for f in (straight, resumed)]
+    assert told[0] == told[1]
+
+
 def test_learning_rate_lands_on_its_floor_on_the_last_step(plan_of, tmp_path, shards) -> None:
     plan = plan_of("train.lr_floor=0.1", "train.schedule=wsd")
     rows = spend(plan, tmp_path / "run", shards).latest("metrics")

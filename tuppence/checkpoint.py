@@ -7,7 +7,6 @@ A checkpoint is written into a folder aside, flushed, and renamed: its name is i
 checkpoint.json holds the sha256 of the other files; a pointer holds the sha256 of the weights.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import nn
 
 from tuppence import config
 from tuppence.errors import Fault, UserError
+from tuppence.files import file_sha256
 from tuppence.folder import RunFolder, write_text
 from tuppence.folder import load as load_json
 
@@ -37,6 +37,7 @@ class State:
     tokens_sha: str
     progress: float
     finished: bool
+    evaluation_due: bool
     bad_steps: int
     best_step: int | None
     best_val_loss: float | None
@@ -193,12 +194,6 @@ def verify(path: Path) -> None:
                 f"checkpoint {path} is damaged: {name} does not match its sha256; "
                 f"use another checkpoint (--checkpoint) or resume the run from an older one"
             )
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _write(aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> str:

@@ -147,7 +147,9 @@ def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     _common(sub)
     if verb != "plan":
         sub.add_argument(
-            "--fresh", action="store_true", help="start over; what is there is kept aside"
+            "--fresh",
+            action="store_true",
+            help="made anew" if verb == "prepare" else "start over; what is there is kept aside",
         )
     if verb in ("run", "plan", "train"):
         sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")

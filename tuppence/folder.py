@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from tuppence import config
 from tuppence.config import Plan, Run
 from tuppence.errors import Fault, UserError
+from tuppence.files import try_lock
 
 T = TypeVar("T")
 LINES = ("ledger", "metrics", "evals", "events", "samples")
@@ -172,41 +173,15 @@ class RunLock:
         self.handle: BinaryIO | None = None
 
     def __enter__(self) -> "RunLock":
-        self.handle = self.path.open("ab+")
-        if not _lock(self.handle):
-            self.handle.seek(0)
-            holder = self.handle.read().decode() or "unknown"
+        self.handle = self.path.open("a+b")
+        if not try_lock(self.handle):
             self.handle.close()
-            raise UserError(
-                f"{self.path.parent} is being written by process {holder}; wait or stop it"
-            )
-        self.handle.truncate(0)
-        self.handle.write(str(os.getpid()).encode())
-        self.handle.flush()
+            raise UserError(f"another process is writing {self.path.parent}; wait or stop it")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.handle:
             self.handle.close()
-
-
-def _lock(handle: BinaryIO) -> bool:
-    """Take an advisory lock without waiting; the system drops it when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def find(name: str, root: Path) -> RunFolder:

@@ -1,10 +1,14 @@
 """Facts about the process and the machine under it; the thread settings torch starts with."""
 
+import contextlib
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
+
+import tuppence
 
 SPIN_COUNT = "1000"  # OpenMP's busy-wait before a thread sleeps; see `settle_threads`
 
@@ -16,11 +20,15 @@ def process_start() -> float:
         ticks = int(stat.read_text().rpartition(")")[2].split()[19])
         boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return boot + ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - time.process_time()
+    return tuppence.STARTED
 
 
 def peak_rss_gib() -> float | None:
     """The largest resident memory this process has had, in GiB; None where it cannot be told."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak_kib = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak_kib[1]) / 2**20 if peak_kib else None
     try:
         import resource
     except ImportError:  # Windows
@@ -29,8 +37,16 @@ def peak_rss_gib() -> float | None:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
+def forget_peak_rss() -> None:
+    """Begin the peak anew from here on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):  # a system that cannot keeps the peak since the start
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory_gib() -> float | None:
-    """The machine's memory in GiB; None where it cannot be told."""
+    """The memory this process may use in GiB; None where it cannot be told."""
+    if limit := _cgroup("memory.max"):
+        return limit[0] / 2**30
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return None
@@ -47,10 +63,20 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on (affinity and containers narrow what the machine has)."""
+    """Cores this process may use: affinity and a container's quota narrow what the machine has."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    if quota := _cgroup("cpu.max"):  # microseconds of CPU in each period
+        cores = min(cores, max(1, round(quota[0] / quota[1])))
+    return cores
+
+
+def _cgroup(name: str) -> list[int] | None:
+    """A container's limit, or None where there is none."""
+    path = Path("/sys/fs/cgroup") / name
+    words = path.read_text().split() if path.exists() else ["max"]
+    return None if words[0] == "max" else [int(word) for word in words]
 
 
 def settle_threads(threads: int) -> dict[str, str]:
@@ -62,7 +88,8 @@ def settle_threads(threads: int) -> dict[str, str]:
     hundredfold (docs/LOG.md). A short spin, then sleep, keeps the fall in proportion. What the
     person has set in the environment stays.
     """
-    assert "torch" not in sys.modules, "torch reads its thread settings when it is imported"
+    if "torch" in sys.modules:  # a recipe of the person's own imports it
+        return {"unchanged": "torch was imported before its thread settings were chosen"}
     chosen = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, "KMP_BLOCKTIME": "0"}
     for key, value in chosen.items():
         os.environ.setdefault(key, value)

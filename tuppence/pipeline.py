@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tuppence import config, host, recipes
-from tuppence.config import DataPlan, Plan, Run
+from tuppence.config import Budget, DataPlan, Plan, Run
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, RunLock
+from tuppence.ledger import Meter
 from tuppence.live import Live
 from tuppence.plan import hardware
 from tuppence.plan.asked import check_budget, check_supported
@@ -76,7 +77,7 @@ def threads_of(run: Run) -> int:
 
 def surveyed(run: Run) -> DataPlan:
     """The corpus as a cheap look at it tells."""
-    from tuppence.data.split import default_val_tokens
+    from tuppence.data.split import default_val_tokens, wanted_tokens
     from tuppence.data.survey import survey
 
     data = run.data
@@ -85,8 +86,9 @@ def surveyed(run: Run) -> DataPlan:
         tokenizer=data.tokenizer or "gpt2",
         text_field=data.text_field or "text",
     )
-    val = data.val_tokens if data.val_tokens is not None else default_val_tokens(seen.tokens)
-    train = max(0, seen.tokens - val)
+    wanted = wanted_tokens(max_tokens=data.max_tokens, val_tokens=data.val_tokens)
+    tokens = seen.tokens if wanted is None else min(seen.tokens, wanted)
+    val = data.val_tokens if data.val_tokens is not None else default_val_tokens(tokens)
     return DataPlan(
         source=data.source or "",
         tokenizer=data.tokenizer or "gpt2",
@@ -94,7 +96,7 @@ def surveyed(run: Run) -> DataPlan:
         max_tokens=data.max_tokens,
         val_tokens_asked=data.val_tokens,
         vocab_size=seen.vocab_size,
-        train_tokens=min(train, data.max_tokens) if data.max_tokens else train,
+        train_tokens=max(0, tokens - val),
         val_tokens=val,
         bytes_per_token=seen.bytes / max(1, seen.tokens),
         inputs_sha256=None,
@@ -143,39 +145,49 @@ def prepared(run: Run, root: Path, *, fresh: bool, tick: Any = None) -> tuple[An
     )
 
 
-def solved(run: Run, data: DataPlan) -> Plan:
-    """The plan on this machine, measuring what was not measured before (a few seconds, once)."""
-    device = "cpu" if run.machine.gpu == "cpu" else None
-    threads = threads_of(run)
-    known = hardware.load_calibration(device or "cpu", threads) if device == "cpu" else None
-    if known is None:
-        device = device or _device(run)
-        known = hardware.load_calibration(device, threads)
-    assert device is not None
+def solved(run: Run, data: DataPlan, *, spent_seconds: float | None = None) -> Plan:
+    """The plan on this machine, measuring what was not measured before (a few seconds, once).
+
+    `spent_seconds` is what was charged already, in place of the start-up a run usually takes.
+    """
+    device, threads = _device(run), threads_of(run)
+    known = hardware.load_calibration(device, threads)
+    if known is not None and device == "cuda":
+        from tuppence.train import calibrate
+
+        known = known if known.name == calibrate.device_name(device) else None
     if known is None:
         from tuppence.train import calibrate
 
         say("measuring this machine (once; tuppence calibrate repeats it)")
         known = calibrate.measure_machine(device, threads)
         hardware.save_calibration(known)
-    plan = solve(run, data, known)
+    plan = _solved(run, data, known, spent_seconds)
     if plan.predicted.basis == "roofline":
         from tuppence.train import calibrate
 
         say("measuring this plan's step in each precision and attention (once per shape)")
         known = calibrate.measure_step(plan, known)
         hardware.save_calibration(known)
-        plan = solve(run, data, known)
+        plan = _solved(run, data, known, spent_seconds)
     return plan
 
 
+def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float | None) -> Plan:
+    if spent is not None:
+        known = dataclasses.replace(known, startup_seconds=spent)
+    return solve(run, data, known)
+
+
 def _device(run: Run) -> str:
-    """Which device torch has here; without an NVIDIA driver, known before torch is imported."""
-    if not (Path("/proc/driver/nvidia").exists() or sys.platform == "win32"):
+    """Which device torch has here; without a GPU's driver, known before torch is imported."""
+    drivers = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd", "/dev/nvhost-gpu")
+    may_have_gpu = sys.platform == "win32" or any(Path(path).exists() for path in drivers)
+    if not may_have_gpu or run.machine.gpu == "cpu" or run.machine.gpu_count == 0:
         return "cpu"
     from tuppence.train import calibrate
 
-    return calibrate.pick_device(run.machine.gpu)
+    return calibrate.pick_device()
 
 
 def refuse_warnings(plan: Plan, args: Namespace) -> None:
@@ -220,8 +232,6 @@ def _attempt(
     args: Namespace, wanted: Run, folder: RunFolder, draft: Plan | None, settings: dict[str, str]
 ) -> None:
     """One attempt, charged from the process's start to its end."""
-    from tuppence.ledger import Meter
-
     starts = [e for e in folder.rows("events") if e["code"] in ("start", "resume")]
     attempt = len(starts) + 1
     frozen = folder.plan() if draft is None else draft
@@ -239,9 +249,15 @@ def _attempt(
         if draft is not None and not draft.data.exact:
             say(plan_text(draft))  # preparing may take long: here is what it is for
         with meter.phase("prepare"):
-            made, data = prepared(wanted, Path(args.data), fresh=False, tick=meter.beat)
+            within = _Within(meter, wanted.budget)
+            made, data = prepared(wanted, Path(args.data), fresh=False, tick=within.check)
         if draft is not None:
-            frozen = draft if data == draft.data else solved(wanted, data)
+            same = dataclasses.replace(draft.data, inputs_sha256=data.inputs_sha256) == data
+            if same:
+                frozen = dataclasses.replace(draft, data=data)
+            else:
+                frozen = solved(wanted, data, spent_seconds=meter.seconds())
+                refuse_warnings(frozen, args)
             _freeze(folder, frozen, words)
         elif data.inputs_sha256 != frozen.data.inputs_sha256:
             raise UserError(
@@ -253,14 +269,30 @@ def _attempt(
 
         from tuppence.train.loop import train as train_loop
 
+        host.forget_peak_rss()  # measuring the machine is not the run's
         done = train_loop(frozen, folder, made.folder, meter=meter, attempt=attempt)
-        folder.event("end", "finished", attempt=attempt, peak_memory_gib=host.peak_rss_gib())
+        folder.event("end", "finished", attempt=attempt, peak_memory_gib=done.peak_memory_gib)
         allowance = finish_seconds(frozen, done.steps)
     finally:
         meter.close(allowance=allowance)
         folder.close()
-    if done.step_seconds is not None:
+    if done.step_seconds is not None and not frozen.machine.compile:
         _learn(frozen, done.step_seconds)
+
+
+class _Within:
+    """Keeps a preparation alive in the ledger, and inside the budget."""
+
+    def __init__(self, meter: Meter, budget: Budget) -> None:
+        self.meter, self.budget = meter, budget
+
+    def check(self) -> None:
+        self.meter.beat()
+        if self.meter.seconds_left(usd=self.budget.usd, hours=self.budget.hours) < STOP_SECONDS:
+            raise DoesNotFit(
+                f"the budget was spent after {self.meter.seconds():.0f} s, before the data was "
+                f"prepared; prepare it first (tuppence prepare with the same words), or give more"
+            )
 
 
 def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
@@ -315,7 +347,7 @@ def _record_environment(
             "process_start": host.process_start(),
             "code_sha256": code_sha256(),
             "git": _git_commit(),
-            "data_folder": str(data_folder),
+            "data_folder": str(data_folder.resolve()),
             "earlier_attempts": [] if before is None else [*before.pop("earlier_attempts"), before],
         },
     )

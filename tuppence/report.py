@@ -6,6 +6,7 @@ plan.json (promised)  +  ledger, metrics, evals, events (paid)  ──▶  recei
 import dataclasses
 import html
 import json
+import math
 import re
 from importlib import resources
 from typing import Any
@@ -40,7 +41,7 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
     events = list(folder.rows("events"))
     last_eval = evals[-1] if evals else None
     best = folder.read_json("checkpoints/best.json")
-    best_loss = min((row["loss"] for row in evals), default=None)
+    best_loss = next((r["loss"] for r in evals if best and r["step"] == best["step"]), None)
     env = folder.read_json("env.json") or {}
     samples = folder.latest("samples")
     return {
@@ -83,7 +84,7 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
 
 def _argv(folder: RunFolder) -> str | None:
     path = folder.file("argv.txt")
-    return path.read_text().strip() if path.exists() else None
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def _budget(plan: Plan, **paid: float) -> Document:
@@ -98,7 +99,7 @@ def _predicted(plan: Plan) -> Document:
     told = plan.predicted
     bits = None
     if told.val_loss is not None:
-        bits = told.val_loss.mid / 0.6931471805599453 / plan.data.bytes_per_token
+        bits = told.val_loss.mid / math.log(2) / plan.data.bytes_per_token
     return {
         "usd": told.usd.mid,
         "hours": told.hours.mid,
@@ -154,8 +155,14 @@ def rows(told: Document) -> list[tuple[str, str, str]]:
         both("MFU", "mfu", "{:.0%}"),
         both("memory", "peak_memory_gib", "{:.2f} GiB"),
         ("val loss", loss_text, _form(paid["val_loss"], "{:.4f} nats/token")),
+        ("val tokens", "", _evaluated(told["evaluated"])),
         both("bits/byte", "val_bpb", "{:.3f}"),
     ]
+
+
+def _evaluated(tokens: list[int] | None) -> str:
+    """How much of the val split the loss is of."""
+    return "-" if tokens is None else "{:,} of {:,}".format(*tokens)
 
 
 def _form(value: float | None, form: str) -> str:
@@ -178,7 +185,7 @@ def headline(told: Document) -> str:
 def as_text(told: Document) -> str:
     """The receipt for a terminal."""
     lines = [f"receipt   {headline(told)}", f"{'':11s}{'promised':>26s}{'paid':>22s}"]
-    lines += [f"  {what:9s}{promised:>26s}{paid:>22s}" for what, promised, paid in rows(told)]
+    lines += [f"  {what:10s}{promised:>25s}{paid:>22s}" for what, promised, paid in rows(told)]
     where = ", ".join(
         f"{p['phase']} ${p['usd']:.4f} ({p['seconds']:.1f} s)" for p in told["phases"]
     )

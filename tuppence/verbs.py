@@ -11,6 +11,7 @@ from tuppence import config, host, recipes, report
 from tuppence.config import Plan
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder, find
+from tuppence.ledger import spent
 from tuppence.pipeline import (
     asked,
     prepared,
@@ -87,7 +88,7 @@ def evaluate(args: Namespace) -> Document:
     """Loss and bits per byte of a checkpoint on the whole val split."""
     if args.tasks != "bpb":
         raise UserError(f"--tasks {args.tasks}: this version has bpb")
-    folder, found, workers, tokenizer = _load(args)
+    folder, found, workers, tokenizer = _load(args, cores=host.usable_cores())
     from tuppence import evals
     from tuppence.checkpoint import choose
     from tuppence.data.loader import val_windows
@@ -120,7 +121,7 @@ def sample(args: Namespace) -> Document:
     """Continue a prompt."""
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 1:
         raise UserError("--tokens and --top-k are at least 1, --temperature at least 0")
-    _, found, workers, tokenizer = _load(args)
+    _, found, workers, tokenizer = _load(args, cores=1)
     from tuppence import evals
 
     prompt = tokenizer.encode(args.prompt).tolist()
@@ -148,22 +149,24 @@ def sample(args: Namespace) -> Document:
     }
 
 
-def _load(args: Namespace) -> tuple[RunFolder, Plan, Any, Any]:
+def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
     """A run's folder, its plan, its model with a checkpoint's weights, and its tokenizer."""
     folder = find(args.run, Path(args.runs))
     found = folder.plan()
-    host.settle_threads(found.machine.threads)
+    host.settle_threads(host.usable_cores())
     from tuppence import checkpoint
     from tuppence.data.tokenizer import load_tokenizer
     from tuppence.model import build
+    from tuppence.train.calibrate import pick_device
     from tuppence.workers import Workers
 
     model = build(found.model, attention=found.machine.attention)
     checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
+    device = pick_device() if found.machine.device == "cuda" else "cpu"
     workers = Workers(
-        model.to(found.machine.device),
-        count=found.machine.threads if found.machine.device == "cpu" else 1,
-        device=found.machine.device,
+        model.to(device),
+        count=cores if device == "cpu" else 1,
+        device=device,
         precision=found.machine.precision,
     )
     return folder, found, workers, load_tokenizer(folder.tokenizer)
@@ -187,8 +190,6 @@ def list_runs(args: Namespace) -> Document:
     rows = []
     for path in sorted(Path(args.runs).glob("*/run.json"), key=lambda p: p.stat().st_mtime):
         folder = RunFolder(path.parent)
-        from tuppence.ledger import spent
-
         last = folder.latest("evals")[-1:]
         ended = any(e["code"] == "end" for e in folder.rows("events"))
         rows.append(
@@ -217,7 +218,7 @@ def calibrate(args: Namespace) -> Document:
     host.settle_threads(threads)
     from tuppence.train import calibrate as measure
 
-    device = args.device or measure.pick_device(None)
+    device = args.device or measure.pick_device()
     started = time.monotonic()
     found = measure.measure_machine(device, threads)
     path = hardware.save_calibration(found)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 from tuppence.data.encode import encode_all
 from tuppence.data.formats import InputFile, Meter
-from tuppence.data.lock import locked
 from tuppence.data.pieces import batches, recut
 from tuppence.data.shards import (
     MANIFEST,
@@ -33,7 +32,6 @@ from tuppence.data.shards import (
     Input,
     Manifest,
     check_sizes,
-    file_sha256,
     load_manifest,
     token_dtype,
 )
@@ -43,6 +41,7 @@ from tuppence.data.survey import Survey, survey
 from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec, spec_identity
 from tuppence.data.writer import ShardWriter, cut_tail
 from tuppence.errors import Fault, UserError
+from tuppence.files import file_sha256, locked
 from tuppence.host import usable_cores
 
 __all__ = ["Prepared", "Progress", "Survey", "prepare", "survey"]

@@ -10,7 +10,6 @@ contents (sha256 of the file) when someone asks for it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuppence.errors import Fault
+from tuppence.files import file_sha256
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -147,15 +147,6 @@ def _mapped(path: Path, *, dtype: np.dtype[Any], offset: int, count: int) -> Tok
         return np.empty(0, dtype=dtype)
     mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
     return np.asarray(mapped)  # a plain view: the subclass costs a microsecond per slice
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read a megabyte at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_manifest(folder: Path) -> Manifest:

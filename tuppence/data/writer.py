@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.shards import HEADER_BYTES, Shard, file_sha256, header, open_shard, token_dtype
+from tuppence.data.shards import HEADER_BYTES, Shard, header, open_shard, token_dtype
+from tuppence.files import file_sha256
 
 _COPY_TOKENS = 1 << 20
 
@@ -102,6 +103,7 @@ def cut_tail(
             writer.append(tokens)
             digest.update(tokens.astype("<u4").data)
             tail_bytes += int(token_bytes[tokens].sum(dtype=np.int64))
+            del tokens  # Windows does not shorten a file that is mapped
     shards = []
     for path, count in zip(paths, counts, strict=True):
         kept = min(count, kept_tokens)

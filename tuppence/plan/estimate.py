@@ -189,6 +189,7 @@ def predict(
     step: StepPlan,
     cadence: CadencePlan,
     units: UnitSeconds,
+    expectation: loss.Expectation,
     *,
     basis: str,
     peak_gib: float,
@@ -205,7 +206,7 @@ def predict(
     hours = [min(limit, outcome.seconds) / 3600 for outcome in (fast, mid, slow)]
     hours = [min(hours), hours[1], max(hours)]
     tokens = Interval(*(float(n * step.batch_tokens) for n in steps))
-    val_loss, source = loss.predict(data, model, tokens.mid)
+    val_loss, source = expectation.at(tokens.mid)
     return Predicted(
         step_seconds=Interval(*step_seconds),
         tokens_per_second=Interval(*rates),

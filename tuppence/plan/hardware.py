@@ -13,6 +13,7 @@ from tuppence import config
 from tuppence.errors import UserError
 from tuppence.host import cpu_name
 
+CALIBRATION_VERSION = 1
 KEPT_TIMINGS = 5  # per shape: enough to see a spread, few enough to follow a change of drivers
 
 
@@ -98,7 +99,7 @@ def load_calibration(device: str, threads: int) -> Calibration | None:
         kept = config.from_json(Calibration, path.read_text())
     except UserError:  # written by another version: measure again
         return None
-    same = kept.version == 1 and (device != "cpu" or kept.name == cpu_name())
+    same = kept.version == CALIBRATION_VERSION and (device != "cpu" or kept.name == cpu_name())
     return kept if same else None
 
 

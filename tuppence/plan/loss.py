@@ -10,7 +10,9 @@ not extrapolated further than a factor of two.
 
 from dataclasses import dataclass
 
-from tuppence.config import DataPlan, Interval, ModelPlan
+from tuppence.config import DataPlan, Interval, ModelPlan, OptimizerPlan, SchedulePlan
+
+Recipe = tuple[str | int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Fit:
 
     source: str
     tokenizer: str
-    shape: tuple[str, int, int, int]
+    recipe: Recipe
     floor: float
     scale: float
     alpha: float
@@ -33,7 +35,7 @@ FITS: tuple[Fit, ...] = (
     Fit(
         source="shakespeare",
         tokenizer="char",
-        shape=("gpt2", 4, 192, 128),
+        recipe=("gpt2", 4, 4, 192, 128, 0.0, 2048, 3e-3, 0.5, "cosine", 0.1),
         floor=1.2596,
         scale=3002,
         alpha=0.600,
@@ -45,21 +47,51 @@ FITS: tuple[Fit, ...] = (
 )
 
 
-def predict(data: DataPlan, model: ModelPlan, tokens: float) -> tuple[Interval | None, str]:
-    """The expected val loss after `tokens`, and what it rests on or why there is none."""
+@dataclass(frozen=True)
+class Expectation:
+    """What is known of a run's val loss: a fit, or why there is none."""
+
+    fit: Fit | None
+    why: str
+
+    def at(self, tokens: float) -> tuple[Interval | None, str]:
+        """The loss after so many training tokens, and what it rests on or why there is none."""
+        fit = self.fit
+        if fit is None:
+            return None, self.why
+        if not fit.min_tokens / 2 <= tokens <= fit.max_tokens * 2:
+            measured = f"{fit.min_tokens:,.0f} to {fit.max_tokens:,.0f} tokens"
+            return None, f"{tokens:,.0f} tokens is outside what was measured ({measured})"
+        mid = fit.floor + fit.scale * tokens**-fit.alpha
+        return Interval(mid - fit.spread, mid, mid + fit.spread), self.why
+
+
+def expectation(
+    data: DataPlan,
+    model: ModelPlan,
+    batch_tokens: int,
+    optimizer: OptimizerPlan,
+    schedule: SchedulePlan,
+) -> Expectation:
+    """The fit that was made of just this corpus, model and recipe, whatever its budget and seed."""
     known = [f for f in FITS if (f.source, f.tokenizer) == (data.source, data.tokenizer)]
     if not known:
-        return None, f"unknown data: no runs of {data.source} with {data.tokenizer} tokens yet"
-    shape = (model.family, model.n_layer, model.n_embd, model.sequence_len)
-    fit = next((f for f in known if f.shape == shape), None)
+        return Expectation(
+            None, f"unknown data: no runs of {data.source} in {data.tokenizer} tokens"
+        )
+    recipe = recipe_of(model, batch_tokens, optimizer, schedule)
+    fit = next((f for f in known if f.recipe == recipe), None)
     if fit is None:
-        return None, "unknown shape: measured on this data only for " + ", ".join(
-            f"{f.shape[1]} layers x {f.shape[2]}, T={f.shape[3]}" for f in known
+        return Expectation(
+            None, "unknown recipe: only the default recipe was measured on this data"
         )
-    if not fit.min_tokens / 2 <= tokens <= fit.max_tokens * 2:
-        return None, (
-            f"outside what was measured: {fit.min_tokens:,.0f} to {fit.max_tokens:,.0f} tokens"
-        )
-    mid = fit.floor + fit.scale * tokens**-fit.alpha
-    interval = Interval(mid - fit.spread, mid, mid + fit.spread)
-    return interval, f"fit of {fit.points} runs of this recipe (python bench/loss_fit.py)"
+    return Expectation(fit, f"fit of {fit.points} runs of this recipe (python bench/loss_fit.py)")
+
+
+def recipe_of(
+    model: ModelPlan, batch_tokens: int, optimizer: OptimizerPlan, schedule: SchedulePlan
+) -> Recipe:
+    """What a loss depends on besides data and length."""
+    shape = (model.family, model.n_layer, model.n_head, model.n_embd, model.sequence_len)
+    steps = (model.dropout, batch_tokens, optimizer.learning_rate, optimizer.weight_decay)
+    return (*shape, *steps, schedule.shape, schedule.warmup)

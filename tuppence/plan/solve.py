@@ -8,6 +8,7 @@ cannot be had here; everything merely unwise is a warning with a code.
 """
 
 import math
+import re
 
 from tuppence.config import (
     Budget,
@@ -22,6 +23,7 @@ from tuppence.config import (
     Warning,
 )
 from tuppence.errors import DoesNotFit, UserError
+from tuppence.plan import loss
 from tuppence.plan.asked import (
     batch_sequences,
     check_budget,
@@ -49,6 +51,7 @@ ASSUMED_USD_PER_HOUR = 0.40
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
 EVAL_SHARE = 0.04  # of a run that its evaluations may take together
 MAX_EVALS = 10
+GPU_EVAL_TOKENS = 32_768
 SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
@@ -75,6 +78,7 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
         step,
         cadence,
         units,
+        loss.expectation(data, model, step.batch_tokens, optimizer, schedule),
         basis=timing.source,
         peak_gib=peak_gib,
     )
@@ -128,6 +132,12 @@ def _solve_machine(
                 f"machine.{key}={value}: this machine has no CUDA GPU that torch can use; leave it "
                 f"out to train on the CPU"
             )
+    if (
+        run.machine.gpu
+        and calibration.device == "cuda"
+        and not _names(run.machine.gpu, calibration)
+    ):
+        raise DoesNotFit(f"machine.gpu={run.machine.gpu}: this machine has {calibration.name}")
     price = run.machine.usd_per_hour
     if price is not None and price <= 0:
         raise UserError(f"machine.usd_per_hour={price:g}: a price is more than zero")
@@ -145,6 +155,12 @@ def _solve_machine(
         price_source="asked" if price is not None else "assumed",
         deterministic=calibration.device == "cpu",
     )
+
+
+def _names(gpu: str, calibration: Calibration) -> bool:
+    """Whether a short name (H100, A100-80GB, 4090) is in the card's own."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (gpu, calibration.name)]
+    return plain[0] in plain[1]
 
 
 def _why_precision(run: Run, calibration: Calibration, model: ModelPlan, timing: Timing) -> str:
@@ -180,12 +196,13 @@ def _solve_cadence(
         seconds = min(seconds, step.max_steps * units.step)
     tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
+    eval_tokens_at_once = CPU_MICRO_TOKENS if machine.device == "cpu" else GPU_EVAL_TOKENS
     samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
     return CadencePlan(
         eval_every_steps=train.eval_every,
         eval_every_progress=None if train.eval_every else 1 / count,
         eval_tokens=tokens,
-        eval_batch=max(1, CPU_MICRO_TOKENS // model.sequence_len),
+        eval_batch=max(1, eval_tokens_at_once // model.sequence_len),
         save_every_steps=train.save_every,
         save_every_seconds=None if train.save_every else SAVE_SECONDS,
         finish_seconds=FINISH_SECONDS,

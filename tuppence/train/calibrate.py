@@ -26,16 +26,20 @@ from tuppence.train.step import MicroBatch, train_step
 from tuppence.workers import Workers
 
 MATMUL_SECONDS = 0.25
+HOPELESS = 0.1  # of the best ceiling
 DISK_BYTES = 32 << 20
 ROUNDS = 4  # of a step, the first of them not counted
-PROBE_FLOPS = 4e11  # a probe's micro-batch is cut to about this much work
+PROBE_FLOPS = {"cpu": 4e11, "cuda": 1e14}  # a probe's micro-batch is cut to about this work
 
 
-def pick_device(gpu: str | None) -> str:
-    """The accelerator torch can use here, or the CPU (also when `machine.gpu=cpu` asks for it)."""
-    if gpu != "cpu" and torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+def pick_device() -> str:
+    """The accelerator torch can use here, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    """The card or the processor as the system names it."""
+    return host.cpu_name() if device == "cpu" else torch.cuda.get_device_name()
 
 
 def measure_machine(device: str, threads: int) -> Calibration:
@@ -45,8 +49,8 @@ def measure_machine(device: str, threads: int) -> Calibration:
     rss = host.peak_rss_gib() or 0.4  # before the measurements fill memory of their own
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return Calibration(
-        version=1,
-        name=host.cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        version=hardware.CALIBRATION_VERSION,
+        name=device_name(device),
         device=device,
         threads=threads,
         torch=torch.__version__,
@@ -67,10 +71,12 @@ def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
     A micro-batch too large for a few seconds is timed in part and scaled up.
     """
     micro = plan.step.micro_batch
-    affordable = PROBE_FLOPS / plan.model.flops_per_token / plan.model.sequence_len
+    affordable = (
+        PROBE_FLOPS[calibration.device] / plan.model.flops_per_token / plan.model.sequence_len
+    )
     probed = max(1, min(micro, int(affordable)))
     timings = []
-    for precision, attention in _ways(plan, calibration.device):
+    for precision, attention in _ways(plan, calibration):
         timing = _time_step(plan, calibration.device, precision, attention, probed)
         timings.append(
             dataclasses.replace(
@@ -84,12 +90,20 @@ def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
     return calibration.with_timings(key, timings)
 
 
-def _ways(plan: Plan, device: str) -> list[tuple[str, str]]:
-    """(precision, attention) worth timing. Dropout has the one attention that can drop."""
-    attentions = ["matmul"] if plan.model.dropout else ["sdpa"]
-    if device == "cpu" and plan.model.sequence_len <= 1024 and not plan.model.dropout:
-        attentions.append("matmul")
-    return [(p, a) for p in ("bf16", "fp32") for a in attentions]
+def _ways(plan: Plan, calibration: Calibration) -> list[tuple[str, str]]:
+    """(precision, attention) worth timing: what the plan has, and what might be faster.
+
+    Dropout has the one attention that can drop; a precision with a small part of the best matmul
+    ceiling (bf16 on a CPU without units for it) is not tried.
+    """
+    attentions = {plan.machine.attention}
+    if not plan.model.dropout:
+        attentions.add("sdpa")
+        if calibration.device == "cpu" and plan.model.sequence_len <= 1024:
+            attentions.add("matmul")
+    ceilings = calibration.matmul_tflops
+    worth = {p for p, rate in ceilings.items() if rate > HOPELESS * max(ceilings.values())}
+    return [(p, a) for p in sorted({plan.machine.precision, *worth}) for a in sorted(attentions)]
 
 
 def _time_step(plan: Plan, device: str, precision: str, attention: str, micro: int) -> Timing:

@@ -24,9 +24,6 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
     def _received(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             # what is saved is complete (checkpoints are renamed into place): leave without ceremony

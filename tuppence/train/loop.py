@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuppence import checkpoint, evals
+from tuppence import checkpoint, evals, host
 from tuppence.checkpoint import State
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, rolling_sha, val_windows
@@ -46,6 +46,7 @@ FIRST_STATE = State(
     tokens_sha=hashlib.sha256(b"").hexdigest(),
     progress=0.0,
     finished=False,
+    evaluation_due=False,
     bad_steps=0,
     best_step=None,
     best_val_loss=None,
@@ -81,6 +82,14 @@ class Outcome:
 
     steps: int
     step_seconds: float | None
+    peak_memory_gib: float | None
+
+
+def _peak_gib(plan: Plan) -> float | None:
+    """The most memory the run has held: the card's on a GPU, else the process's."""
+    if plan.machine.device == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    return host.peak_rss_gib()
 
 
 def train(
@@ -96,18 +105,19 @@ def train(
         meter.switch("train")
         gc.collect()
         gc.freeze()  # nothing that is alive now is garbage before the end
+        if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
+            _evaluate(trainer, deadline=math.inf)
         while not trainer.state.finished and (turn := trainer.pace.next(trainer.state.step)):
-            previous = trainer.state.progress
             _step(trainer, turn)
             _stop_if_asked(trainer)
             if turn.last:
                 break
-            if _due_evaluation(trainer, previous):
+            if trainer.state.evaluation_due:
                 _evaluate(trainer, deadline=math.inf)
             elif _due_save(trainer):
                 _save(trainer)
         _finish(trainer)
-    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds())
+    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
 
 
 def _set_up(
@@ -119,8 +129,10 @@ def _set_up(
     live: Live,
     interrupt: Interrupt,
 ) -> Trainer:
-    torch.set_num_threads(max(1, plan.machine.threads // plan.step.workers))
     device = plan.machine.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DoesNotFit(f"this run was planned on {plan.machine.name}; no CUDA GPU is here now")
+    torch.set_num_threads(plan.machine.threads if plan.step.workers == 1 else 1)
     tokenizer = load_tokenizer(data_folder / "tokenizer")
     prompt = prompt_ids(plan, tokenizer, data_folder)
     model = build(plan.model, attention=plan.machine.attention).to(device)
@@ -221,6 +233,8 @@ def _step(trainer: Trainer, turn: Turn) -> None:
         finished=turn.last,
         bad_steps=0 if result.updated else state.bad_steps + 1,
     )
+    due = _due_evaluation(trainer, state.progress)
+    trainer.state = replace(trainer.state, evaluation_due=due)
     _log(trainer, result, learning_rate, seconds)
     if not result.updated:
         _guard(trainer, result)
@@ -315,7 +329,7 @@ def _evaluate(trainer: Trainer, *, deadline: float) -> None:
             message = "the budget left no time for one batch of the evaluation"
             trainer.folder.event("eval_skipped", message, step=trainer.state.step)
             return
-        state = trainer.state
+        trainer.state = state = replace(trainer.state, evaluation_due=False)
         row = {"step": state.step, "attempt": state.attempt, "split": "val", "loss": result.loss}
         row |= {"bpb": result.bpb, "tokens": result.tokens, "of_tokens": result.of_tokens}
         row |= {"progress": state.progress, "usd": trainer.meter.usd(), "seconds": result.seconds}
@@ -325,7 +339,8 @@ def _evaluate(trainer: Trainer, *, deadline: float) -> None:
         _sample(trainer, deadline)
     if math.isinf(deadline):  # one that was not cut short says what the last one will take
         trainer.pace.evaluation_took(time.monotonic() - started)
-    if state.best_val_loss is None or result.loss < state.best_val_loss:
+    whole = result.tokens == result.of_tokens  # a part is not compared with the whole
+    if state.best_val_loss is None or (whole and result.loss < state.best_val_loss):
         trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
         _save(trainer)
         pointer = checkpoint.pointer(trainer.folder, "last")

@@ -1,11 +1,12 @@
-"""A lock between processes that a killed holder cannot leave behind.
+"""Habits with files that several rooms share: locks that a kill releases, hashes.
 
-The operating system holds it for an open file and lets go when the process ends, however it ends; a
-file with a process id in it would outlive `kill -9`.
+A lock is held by the operating system for an open file, which lets go when the process ends,
+however it ends; a file with a process id in it would outlive `kill -9`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,19 @@ from typing import IO
 _POLL_SECONDS = 0.1
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 @contextmanager
 def locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold `path` alone; `on_wait` is called once if another process or thread has it."""
     with path.open("a+b") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             on_wait()
-            while not _try_lock(file):
+            while not try_lock(file):
                 time.sleep(_POLL_SECONDS)
         try:
             yield
@@ -33,7 +40,7 @@ def locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(file: IO[bytes]) -> bool:
+    def try_lock(file: IO[bytes]) -> bool:
         file.seek(0)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -48,7 +55,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _try_lock(file: IO[bytes]) -> bool:
+    def try_lock(file: IO[bytes]) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
