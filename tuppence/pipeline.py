@@ -272,7 +272,8 @@ def _attempt(
         host.forget_peak_rss()  # measuring the machine is not the run's
         done = train_loop(frozen, folder, made.folder, meter=meter, attempt=attempt)
         folder.event("end", "finished", attempt=attempt, peak_memory_gib=done.peak_memory_gib)
-        allowance = finish_seconds(frozen, done.steps)
+        left = meter.seconds_left(usd=frozen.budget.usd, hours=frozen.budget.hours)
+        allowance = min(finish_seconds(frozen, done.steps), max(left, STOP_SECONDS))
     finally:
         meter.close(allowance=allowance)
         folder.close()

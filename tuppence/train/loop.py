@@ -430,6 +430,7 @@ def _finish(trainer: Trainer) -> None:
     _save(trainer)
     _stop_if_asked(trainer)
     left = trainer.pace.seconds_left() - finish_seconds(trainer.plan, trainer.state.step)
+    left -= trainer.pace.step_seconds()  # a batch or a token more than the deadline allows
     _evaluate(trainer, deadline=time.monotonic() + left)
     last = checkpoint.pointer(trainer.folder, "last")
     if last is not None and checkpoint.pointer(trainer.folder, "best") is None:
