@@ -4,8 +4,8 @@
 
 A fit holds for one corpus, tokenizer and model shape and nowhere else: losses over other data or
 tokens are not comparable. Coefficients come from `python bench/loss_fit.py`, which trains the
-points and prints them with their residuals (docs/BENCHMARKS.md); outside the range of its points a fit is
-not extrapolated further than a factor of two.
+points and prints them with their residuals (docs/BENCHMARKS.md); outside the range of its points
+a fit is not extrapolated further than a factor of two.
 """
 
 from dataclasses import dataclass
