@@ -120,7 +120,10 @@ def choose(folder: RunFolder, which: str) -> Path:
     if which in ("best", "last"):
         found = pointer(folder, which)
         if found is None:
-            raise UserError(f"{folder.path} has no {which} checkpoint yet; steps saved: {steps}")
+            raise UserError(
+                f"{folder.path} has no {which} checkpoint yet; steps saved: {steps} "
+                f"(--checkpoint last takes the newest)"
+            )
         return folder.checkpoints / found.path
     digits = which.isascii() and which.isdigit()
     path = folder.checkpoints / f"step_{int(which):08d}" if digits else Path("?")

@@ -21,12 +21,19 @@ def duration(seconds: float) -> str:
     return f"{total}s"
 
 
+def printable(text: str) -> str:
+    """A model's text for a terminal: control characters could do anything there."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 class Live:
     """Progress on stderr; on a terminal in place, elsewhere a line every ten seconds."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
-        self._shown = 0.0
+        self._shown = 0.0 if self.terminal else time.monotonic()
         self._width = 0
 
     def show(self, text: str) -> None:

@@ -175,7 +175,7 @@ def solved(run: Run, data: DataPlan, *, spent_seconds: float | None = None) -> P
 
 def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float | None) -> Plan:
     if spent is not None:
-        known = dataclasses.replace(known, startup_seconds=spent)
+        known = dataclasses.replace(known, startup_seconds=max(known.startup_seconds, spent))
     return solve(run, data, known)
 
 

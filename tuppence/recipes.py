@@ -14,7 +14,6 @@ from pathlib import Path
 from tuppence.config import (
     Budget,
     Data,
-    Machine,
     Model,
     Run,
     Train,
@@ -31,7 +30,6 @@ def shakespeare() -> Run:
     """Two cents: a character-level GPT on tiny Shakespeare, three minutes of two CPU cores."""
     return Run(
         budget=Budget(usd=0.02),
-        machine=Machine(usd_per_hour=0.40),
         model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=192, sequence_len=128),
         data=Data(source="shakespeare", tokenizer="char"),
         train=Train(
@@ -44,7 +42,6 @@ def quickstart() -> Run:
     """nanoGPT's CPU quickstart shape (4 layers, width 128, T=64, batch 12), tuned for time."""
     return Run(
         budget=Budget(steps=1250),
-        machine=Machine(usd_per_hour=0.40),
         model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=128, sequence_len=64),
         data=Data(source="shakespeare", tokenizer="char"),
         train=Train(

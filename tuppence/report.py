@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+import shlex
 from importlib import resources
 from typing import Any
 
@@ -15,7 +16,7 @@ from tuppence.config import Interval, Plan
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder, write_text
 from tuppence.ledger import by_phase, spent
-from tuppence.live import duration
+from tuppence.live import duration, printable
 from tuppence.plot import loss_plot
 
 Document = dict[str, Any]
@@ -53,6 +54,7 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
         ),
         "usd": charged.usd,
         "predicted": _predicted(plan),
+        "intervals": _intervals(plan),
         "actual": _actual(plan, charged.usd, charged.seconds, tokens, metrics, last_eval, events),
         "evaluated": None if last_eval is None else [last_eval["tokens"], plan.data.val_tokens - 1],
         "best": {"step": best["step"] if best else None, "val_loss": best_loss},
@@ -84,7 +86,10 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
 
 def _argv(folder: RunFolder) -> str | None:
     path = folder.file("argv.txt")
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+    if not path.exists():
+        return None
+    words = shlex.split(path.read_text(encoding="utf-8"))
+    return shlex.join(word for word in words if word not in ("--fresh", "--json"))
 
 
 def _budget(plan: Plan, **paid: float) -> Document:
@@ -110,6 +115,13 @@ def _predicted(plan: Plan) -> Document:
         "val_loss": dataclasses.asdict(told.val_loss) if told.val_loss else None,
         "val_bpb": bits,
     }
+
+
+def _intervals(plan: Plan) -> dict[str, list[float]]:
+    """The 80% intervals of what was promised: `[low, high]`."""
+    names = ("usd", "tokens", "tokens_per_second", "mfu", "peak_memory_gib")
+    found = {name: getattr(plan.predicted, name) for name in names}
+    return {name: [interval.low, interval.high] for name, interval in found.items()}
 
 
 def _actual(
@@ -145,7 +157,9 @@ def rows(told: Document) -> list[tuple[str, str, str]]:
     loss_text = f"{loss.mid:.3f} ({loss.low:.3f} to {loss.high:.3f})" if loss else "not promised"
 
     def both(what: str, key: str, form: str) -> tuple[str, str, str]:
-        return what, _form(promised[key], form), _form(paid[key], form)
+        ends = [form.format(end) for end in told["intervals"].get(key, [])]
+        spread = f" ({ends[0]} to {ends[1]})" if ends else ""
+        return what, _form(promised[key], form) + spread, _form(paid[key], form)
 
     return [
         both("dollars", "usd", "${:.4f}"),
@@ -184,8 +198,11 @@ def headline(told: Document) -> str:
 
 def as_text(told: Document) -> str:
     """The receipt for a terminal."""
-    lines = [f"receipt   {headline(told)}", f"{'':11s}{'promised':>26s}{'paid':>22s}"]
-    lines += [f"  {what:10s}{promised:>25s}{paid:>22s}" for what, promised, paid in rows(told)]
+    lines = [
+        f"receipt   {headline(told)}",
+        f"{'':12s}{'promised (80% interval)':>36s}{'paid':>22s}",
+    ]
+    lines += [f"  {what:10s}{promised:>36s}{paid:>22s}" for what, promised, paid in rows(told)]
     where = ", ".join(
         f"{p['phase']} ${p['usd']:.4f} ({p['seconds']:.1f} s)" for p in told["phases"]
     )
@@ -193,7 +210,8 @@ def as_text(told: Document) -> str:
     machine = told["machine"]
     lines += [f"peak      MFU is of {machine['peak_tflops']:.2f} TFLOPS, {machine['peak_source']}"]
     if told["sample"]:
-        lines += ["sample    " + told["sample"].strip().replace("\n", "\n          ")]
+        said = printable(told["sample"].strip())
+        lines += ["sample    " + said.replace("\n", "\n          ")]
     return "\n".join(lines)
 
 
@@ -205,7 +223,7 @@ def as_markdown(told: Document) -> str:
     parts = [
         f"# Receipt: {told['name']}",
         headline(told) + ".",
-        "| | promised | paid |\n|---|---:|---:|\n" + "\n".join(table),
+        "| | promised (80% interval) | paid |\n|---|---:|---:|\n" + "\n".join(table),
         f"MFU is of {machine['peak_tflops']:.2f} TFLOPS, {machine['peak_source']}.",
         "## Where every cent went",
         "| phase | seconds | usd |\n|---|---:|---:|\n" + "\n".join(phases),

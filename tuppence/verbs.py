@@ -12,6 +12,7 @@ from tuppence.config import Plan
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder, find
 from tuppence.ledger import spent
+from tuppence.live import printable
 from tuppence.pipeline import (
     asked,
     prepared,
@@ -69,18 +70,21 @@ def run(args: Namespace) -> Document:
     folder, done = spend(args)
     if done:
         say(f"{folder.path} is finished; this is its receipt (--fresh starts over)")
-    told = report.write(folder)
-    if not args.json:
-        print(report.as_text(told))
-    return told
+    return _told(args, folder)
 
 
 def receipt(args: Namespace) -> Document:
     """Render the receipt of a run folder; reads nothing else."""
     folder = find(args.run, Path(args.runs))
+    return _told(args, folder)
+
+
+def _told(args: Namespace, folder: RunFolder) -> Document:
+    """Write the receipt and show it."""
     told = report.write(folder)
     if not args.json:
         print(report.as_text(told))
+        print(f'more      {folder.file("receipt.html")}; tuppence sample {told["name"]} "a prompt"')
     return told
 
 
@@ -140,7 +144,7 @@ def sample(args: Namespace) -> Document:
     )
     text = tokenizer.decode(ids)
     if not args.json:
-        print(text)
+        print(printable(text))
     return {
         "prompt": args.prompt,
         "text": text,

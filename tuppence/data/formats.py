@@ -202,7 +202,7 @@ def _text_of(
     there = ", ".join(row) or "no fields at all"
     raise UserError(
         f"{file.shown}: {place} has no field {text_field!r}; it has {there}: "
-        "choose one with text_field"
+        "choose one with data.text_field"
     )
 
 
@@ -241,7 +241,7 @@ def _check_column(file: InputFile, schema: Any, *, text_field: str) -> None:
     if text_field not in schema.names:
         raise UserError(
             f"{file.shown}: row 1 has no field {text_field!r}; it has {', '.join(schema.names)}: "
-            "choose one with text_field"
+            "choose one with data.text_field"
         )
     kind = str(schema.field(text_field).type)
     if kind not in ("string", "large_string", "string_view"):

@@ -183,7 +183,7 @@ def _alphabet(texts: Iterator[str]) -> str:
             seen[codes] = True
     seen[list(seen_bytes)] = True
     if not seen.any():
-        raise UserError("the corpus is empty, so tokenizer char has no characters; give it text")
+        raise UserError("data.source is empty: the corpus is empty of characters; give it text")
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 

@@ -65,11 +65,11 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
             raise UserError(f"model.{key}={value}: at least 1")
     heads, width = needed["n_head"], needed["n_embd"]
     if width % heads:
-        down, up = width // heads * heads, (width // heads + 1) * heads
-        near = up if up - width <= width - down or not down else down
+        nearest_width = max(1, (2 * width + heads) // (2 * heads)) * heads
+        nearest_heads = min(divisors(width), key=lambda d: (abs(d - heads), d))
         raise UserError(
-            f"model.n_embd={width} does not divide into model.n_head={heads} heads; "
-            f"the nearest width that does is {near}"
+            f"model.n_head={heads} does not divide model.n_embd={width}; the nearest that fit: "
+            f"model.n_embd={nearest_width}, or model.n_head={nearest_heads}"
         )
     if asked.n_kv_head not in (None, heads):
         raise UserError(f"model.n_kv_head={asked.n_kv_head}: gpt2 has as many as n_head={heads}")

@@ -25,7 +25,7 @@ def plan_text(plan: Plan) -> str:
     """The plan as a person reads it before paying; intervals are 80%."""
     model, machine, step, told = plan.model, plan.machine, plan.step, plan.predicted
     price = f"${machine.usd_per_hour:.2f}/h ({machine.price_source})"
-    loss = between(told.val_loss, ".3f") if told.val_loss else "not promised"
+    loss = between(told.val_loss, ".3f", " nats/token") if told.val_loss else "not promised"
     rows = [
         ("plan", f"{plan.name}: spend {limits(plan)}"),
         (
@@ -59,13 +59,13 @@ def plan_text(plan: Plan) -> str:
             f"{between(told.steps)} steps, {told.tokens.mid:,.0f} tokens, {told.epochs:.1f} epochs",
         ),
         ("time", f"{duration(told.hours.mid * 3600)}: " + _phases(told.phase_seconds)),
-        ("dollars", f"{between(told.usd, '.4f')}"),
+        ("dollars", "$" + between(told.usd, ".4f")),
         (
             "memory",
             f"{between(told.peak_memory_gib, '.2f')} GiB; "
             f"checkpoint {told.checkpoint_bytes / 1e6:.1f} MB",
         ),
-        ("val loss", f"{loss} nats/token; {told.val_loss_source}"),
+        ("val loss", f"{loss}; {told.val_loss_source}"),
     ]
     text = "\n".join(f"{name:9s} {value}" for name, value in rows)
     notes = "".join(f"\nwarning   {w.message} [{w.code}]" for w in plan.warnings)

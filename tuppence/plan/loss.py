@@ -82,9 +82,7 @@ def expectation(
     recipe = recipe_of(model, batch_tokens, optimizer, schedule)
     fit = next((f for f in known if f.recipe == recipe), None)
     if fit is None:
-        return Expectation(
-            None, "unknown recipe: only the default recipe was measured on this data"
-        )
+        return Expectation(None, "this shape and training were not measured on this data")
     return Expectation(fit, f"fit of {fit.points} runs of this recipe (python bench/loss_fit.py)")
 
 

@@ -35,7 +35,6 @@ from tuppence.plan.asked import (
     solve_recipe,
 )
 from tuppence.plan.estimate import (
-    CPU_MICRO_TOKENS,
     UnitSeconds,
     choose_timing,
     largest_micro_batch,
@@ -51,7 +50,6 @@ ASSUMED_USD_PER_HOUR = 0.40
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
 EVAL_SHARE = 0.04  # of a run that its evaluations may take together
 MAX_EVALS = 10
-GPU_EVAL_TOKENS = 32_768
 SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
@@ -196,13 +194,12 @@ def _solve_cadence(
         seconds = min(seconds, step.max_steps * units.step)
     tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
-    eval_tokens_at_once = CPU_MICRO_TOKENS if machine.device == "cpu" else GPU_EVAL_TOKENS
     samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
     return CadencePlan(
         eval_every_steps=train.eval_every,
         eval_every_progress=None if train.eval_every else 1 / count,
         eval_tokens=tokens,
-        eval_batch=max(1, eval_tokens_at_once // model.sequence_len),
+        eval_batch=step.micro_batch,  # what training holds in memory, evaluation does
         save_every_steps=train.save_every,
         save_every_seconds=None if train.save_every else SAVE_SECONDS,
         finish_seconds=FINISH_SECONDS,
@@ -287,7 +284,7 @@ def _warnings(
         (
             part < 1,
             "eval_part",
-            f"evaluations use {cadence.eval_tokens:,} val tokens, {part:.0%} of the split, to stay "
+            f"evaluations use {cadence.eval_tokens:,} val tokens, {part:.1%} of the split, to stay "
             f"within their share of the run (train.eval_tokens sets it)",
         ),
         (

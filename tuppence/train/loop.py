@@ -40,6 +40,7 @@ from tuppence.workers import Workers
 
 BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
 KEEP_LAST = 2
+TELLING_PROGRESS = 0.05  # before it the plan knows better than the run how long it takes
 FIRST_STATE = State(
     step=0,
     tokens=0,
@@ -270,10 +271,13 @@ def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: fl
         },
     )
     budget = f"${usd:.4f}" + (f" of ${plan.budget.usd:g}" if plan.budget.usd else "")
-    left = meter.seconds() * (1 / max(state.progress, 1e-6) - 1)
+    left = plan.predicted.hours.mid * 3600 - meter.seconds()
+    if state.progress > TELLING_PROGRESS:
+        left = meter.seconds() * (1 / state.progress - 1)
+    peak = f"{plan.machine.peak_tflops:.2f} TFLOPS"
     trainer.live.show(
         f"{state.progress:4.0%}  step {state.step:,}  loss {result.loss:.4f}  {rate:,.0f} tok/s  "
-        f"mfu {mfu:.0%} of {plan.machine.peak_tflops:.2f} TFLOPS  {budget}  {duration(left)} left"
+        f"mfu {mfu:.0%} of {peak}  {budget}  {duration(max(0.0, left))} left"
     )
 
 
