@@ -79,18 +79,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Steps of the whole run, and the seconds one took in this attempt (None: too few to say)."""
+    """Steps of the whole run; what one took in this attempt, if there were enough to say."""
 
     steps: int
     step_seconds: float | None
     peak_memory_gib: float | None
-
-
-def _peak_gib(plan: Plan) -> float | None:
-    """The most memory the run has held: the card's on a GPU, else the process's."""
-    if plan.machine.device == "cuda":
-        return torch.cuda.max_memory_reserved() / 2**30
-    return host.peak_rss_gib()
 
 
 def train(
@@ -439,3 +432,10 @@ def _finish(trainer: Trainer) -> None:
     last = checkpoint.pointer(trainer.folder, "last")
     if last is not None and checkpoint.pointer(trainer.folder, "best") is None:
         checkpoint.point(trainer.folder, "best", last)  # never evaluated: what there is is the best
+
+
+def _peak_gib(plan: Plan) -> float | None:
+    """The most memory the run has held: the card's on a GPU, else the process's."""
+    if plan.machine.device == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    return host.peak_rss_gib()
