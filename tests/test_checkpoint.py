@@ -98,6 +98,7 @@ def state_of(step: int) -> State:
         progress=step / 7,  # not a short decimal
         finished=False,
         evaluation_due=False,
+        began_seconds=1.5,
         bad_steps=1,
         best_step=None if step == 1 else 1,
         best_val_loss=None if step == 1 else 10 / 3,

@@ -310,3 +310,16 @@ def test_the_reserve_holds_one_evaluation(solved: Callable[..., Plan]) -> None:
     plans = [solved(both, eval_every=every, eval_tokens=11_154) for every in (10, 1000)]
     often, rarely = (Pace(plan, Clock(0.4)).reserve(0) for plan in plans)  # type: ignore[arg-type]
     assert often == pytest.approx(rarely)
+
+
+def test_start_up_does_not_eat_the_warm_up(case_of: Any) -> None:
+    """Charged it is, but the first step begins at progress 0, in a resumed run too."""
+    case = case_of(random.Random(0), 600, 500)
+    clock = Clock(case.plan.machine.usd_per_hour, time=100.0)
+    first = Pace(case.plan, clock, began=100.0).next(0)  # type: ignore[arg-type]
+    assert first is not None
+    assert first.progress < 0.01
+    clock.time = 350.0
+    later = Pace(case.plan, clock, began=100.0).next(200)  # type: ignore[arg-type]
+    assert later is not None
+    assert 0.48 < later.progress < 0.60

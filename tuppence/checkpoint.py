@@ -38,6 +38,7 @@ class State:
     progress: float
     finished: bool
     evaluation_due: bool
+    began_seconds: float
     bad_steps: int
     best_step: int | None
     best_val_loss: float | None

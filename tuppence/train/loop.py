@@ -48,6 +48,7 @@ FIRST_STATE = State(
     progress=0.0,
     finished=False,
     evaluation_due=False,
+    began_seconds=0.0,
     bad_steps=0,
     best_step=None,
     best_val_loss=None,
@@ -134,7 +135,7 @@ def _set_up(
     state = checkpoint.load_newest(folder, model, optimizer)
     if state is None:
         model.init_weights(plan.step.seed)
-        state = FIRST_STATE
+        state = replace(FIRST_STATE, began_seconds=meter.seconds())
         folder.event("start", "from the beginning", attempt=attempt, step=0)
     else:
         live.say(f"resuming from step {state.step} (attempt {attempt})")
@@ -144,7 +145,7 @@ def _set_up(
         plan=plan,
         folder=folder,
         meter=meter,
-        pace=Pace(plan, meter),
+        pace=Pace(plan, meter, began=state.began_seconds),
         live=live,
         interrupt=interrupt,
         loader=Loader(
@@ -266,7 +267,7 @@ def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: fl
     budget = f"${usd:.4f}" + (f" of ${plan.budget.usd:g}" if plan.budget.usd else "")
     left = plan.predicted.hours.mid * 3600 - meter.seconds()
     if state.progress > TELLING_PROGRESS:
-        left = meter.seconds() * (1 / state.progress - 1)
+        left = (meter.seconds() - state.began_seconds) * (1 / state.progress - 1)
     peak = f"{plan.machine.peak_tflops:.2f} TFLOPS"
     trainer.live.show(
         f"{state.progress:4.0%}  step {state.step:,}  loss {result.loss:.4f}  {rate:,.0f} tok/s  "

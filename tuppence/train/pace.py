@@ -2,7 +2,8 @@
 
     progress = max over limits of spent / limit,  after the step that is about to be taken
 
-For dollars and hours the limit is what is left for training once the last evaluation, save,
+For dollars and hours both are counted from the first step on: start-up and preparation are charged,
+but must not eat the warm-up. The limit is what is left for training once the last evaluation, save,
 sample and receipt are paid for. A step is the last one when another would not fit behind it, so
 that the learning rate lands on its floor on a step that is really taken.
 """
@@ -18,7 +19,7 @@ from tuppence.ledger import Meter
 RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
 HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
-RECEIPT_STEP_SECONDS = 4e-5  # to read a step's row again for the receipt
+RECEIPT_STEP_SECONDS = 1.5e-5  # to read a step's row again for the receipt
 
 
 def finish_seconds(plan: Plan, steps: int) -> float:
@@ -37,8 +38,9 @@ class Turn:
 class Pace:
     """Decides, before each step, where in the budget it stands. Estimates follow what is seen."""
 
-    def __init__(self, plan: Plan, meter: Meter) -> None:
-        self.plan, self.meter = plan, meter
+    def __init__(self, plan: Plan, meter: Meter, *, began: float = 0.0) -> None:
+        """`began` is what was charged, in seconds, when the run's first step was about to begin."""
+        self.plan, self.meter, self.began = plan, meter, began
         self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
         self.timed = self.limit_usd is not None or self.limit_hours is not None
         self._warm = False
@@ -98,7 +100,7 @@ class Pace:
             left = self.seconds_left() - self.reserve(step)
             if left < one:
                 return self._landing(step, one)
-            spent = self.meter.seconds()
+            spent = self.meter.seconds() - self.began
             fraction = max(fraction, (spent + one) / (spent + left))
             # behind the last step another one stays free: for this one, should it take that long
             last = last or left - one < (1 + CAUTION) * one
