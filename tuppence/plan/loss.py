@@ -41,7 +41,7 @@ FITS: tuple[Fit, ...] = (
         alpha=0.600,
         min_tokens=614_400,
         max_tokens=7_168_000,
-        spread=0.020,  # residuals 0.006, seeds 0.003; two runs on the clock were 0.001 and 0.011 off
+        spread=0.020,  # residuals 0.006, seeds 0.003; runs on the clock were 0.001 and 0.011 off
         points=5,
     ),
 )
