@@ -66,12 +66,16 @@ def kill_until_done(
             env=env,
             stderr=subprocess.DEVNULL,
         )
-        while process.poll() is None and phase_of(beat) in ("", "provision", "prepare"):
+        while process.poll() is None and phase_of(beat, process.pid) in (
+            "",
+            "provision",
+            "prepare",
+        ):
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 1.5))
         if process.poll() is not None:
             break  # it ended: more steps or fewer kills
-        phases.append(phase_of(beat))
+        phases.append(phase_of(beat, process.pid))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     tuppence(*words, folder=folder, env=env)
@@ -79,12 +83,13 @@ def kill_until_done(
     return {"kills": len(phases), "killed_in": by_phase}
 
 
-def phase_of(beat: Path) -> str:
-    """What the run is being charged for just now."""
+def phase_of(beat: Path, pid: int) -> str:
+    """What this process is charging for just now; empty before it charges anything."""
     try:
-        return str(json.loads(beat.read_text())["phase"])
+        said = json.loads(beat.read_text())
     except (OSError, json.JSONDecodeError):
         return ""
+    return str(said["phase"]) if said["pid"] == pid else ""
 
 
 def told(run: Path) -> dict[str, object]:
