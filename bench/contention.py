@@ -61,7 +61,11 @@ def rates(
     command = [sys.executable, "-m", "tuppence", *WORDS, *words]
     started = [
         subprocess.Popen(
-            [*command, f"name={name}-{i}"], cwd=folder, env=env, stderr=subprocess.PIPE
+            [*command, f"name={name}-{i}"],
+            cwd=folder,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         for i in range(at_once)
     ]
