@@ -17,9 +17,9 @@ host.settle_threads(host.usable_cores())
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own: nothing reads or writes the person's calibrations."""
+    """Folders of the test's own: nothing reads the person's calibrations, prices or settings."""
     home = tmp_path_factory.mktemp("cache")
-    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "LOCALAPPDATA", "APPDATA"):
         monkeypatch.setenv(variable, str(home))
     if sys.platform == "darwin":  # there the cache folder is ~/Library/Caches
         monkeypatch.setenv("HOME", str(home))

@@ -15,6 +15,8 @@ from tuppence import config, recipes
 from tuppence.config import Budget, DataPlan, Plan, Run, from_json, override, to_json
 from tuppence.errors import UserError
 from tuppence.plan.hardware import Calibration
+from tuppence.plan.options import options
+from tuppence.plan.prices import price_book
 from tuppence.plan.solve import solve
 
 
@@ -176,14 +178,24 @@ def test_a_plan_round_trips(small_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", list(recipes.all_recipes()))
-def test_every_recipe_plans_and_round_trips(
-    name: str, data_plan: DataPlan, calibration: Calibration
+def test_every_recipe_round_trips_and_plans_on_the_price_book(
+    name: str, data_plan: DataPlan
 ) -> None:
     run = recipes.get(name)
     assert run.recipe == name
     assert from_json(Run, to_json(run)) == run
     words = [f"{k}={v}" for k, v in config.asked(run).items() if k != "recipe"]
     assert override(Run(recipe=name), words) == run  # what it asks can be typed
+    text = dataclasses.replace(data_plan, vocab_size=17, train_tokens=10**10)
+    rich = dataclasses.replace(run, budget=dataclasses.replace(run.budget, usd=1e5))
+    assert options(rich, text, price_book())[0].fits
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "quickstart", "gpt2_124m"])
+def test_every_recipe_for_this_machine_plans_here(
+    name: str, data_plan: DataPlan, calibration: Calibration
+) -> None:
+    run = recipes.get(name)
     text = dataclasses.replace(
         data_plan,
         tokenizer=run.data.tokenizer or "gpt2",

@@ -17,7 +17,7 @@ LAYERS = {
     2: ["model", "recipes"],
     3: ["checkpoint", "evals", "workers"],
     4: ["train", "report"],
-    5: ["pipeline", "verbs", "cli", "__main__"],
+    5: ["pipeline", "planning", "verbs", "cli", "__main__"],
 }
 LAYER = {part: layer for layer, parts in LAYERS.items() for part in parts}
 APART = [{"plan", "data"}, {"train", "report"}]  # of one layer, and strangers to each other

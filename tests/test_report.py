@@ -162,7 +162,7 @@ def test_what_others_rely_on_is_there(folder: RunFolder) -> None:
     assert told["best"] == {"step": 4, "val_loss": 2.25}
     assert told["hashes"].keys() >= {"code", "data", "weights"}
     shared = {"usd", "hours", "tokens", "tokens_per_second", "mfu", "peak_memory_gib"}
-    shared |= {"val_loss", "val_bpb"}
+    shared |= {"val_loss", "val_bpb", "step_seconds"}
     assert told["predicted"].keys() == told["actual"].keys() == shared
     assert told["predicted"]["val_loss"] == {"low": 1.9, "mid": 2.0, "high": 2.1}
     assert all(part.keys() == {"phase", "seconds", "usd"} for part in told["phases"])

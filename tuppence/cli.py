@@ -32,6 +32,7 @@ PLAIN_VERBS = {
     "recipes": "the recipes there are, with what each one asks",
     "runs": "the runs in the runs folder",
     "calibrate": "measure this machine: matmul ceiling, bandwidth, disk",
+    "prices": "the price book: machines, prices, dates, and what is doubtful about them",
 }
 
 
@@ -122,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
             verb, help=text, description=text, epilog=f"example: tuppence {verb}"
         )
         _common(sub)
+        if verb == "prices":
+            sub.add_argument("--prices", metavar="FILE", help="your own prices (docs/prices.md)")
+            sub.add_argument(
+                "--refresh", action="store_true", help="take them from SkyPilot's catalog first"
+            )
         if verb == "calibrate":
             sub.add_argument("--threads", type=int, help="CPU threads to measure with")
             sub.add_argument("--device", choices=["cpu", "cuda"], help="what to measure")
@@ -150,6 +156,15 @@ def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
             "--fresh",
             action="store_true",
             help="made anew" if verb == "prepare" else "start over; what is there is kept aside",
+        )
+    if verb == "plan":
+        sub.add_argument("--all", action="store_true", help="every machine, not the cheapest few")
+        sub.add_argument("--plot", metavar="FILE", help="dollars against predicted loss, as SVG")
+        sub.add_argument("--prices", metavar="FILE", help="your own prices (docs/prices.md)")
+        sub.add_argument(
+            "--as-published",
+            action="store_true",
+            help="a published guide's own figures, beside what arithmetic says",
         )
     if verb in ("run", "plan", "train"):
         sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")

@@ -35,7 +35,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to run. `usd_per_hour` is what this machine costs while it is held."""
+    """Where to run. `usd_per_hour` is what one such machine costs while it is held.
+
+    `disk_gb` is the room for shards and checkpoints; `mfu` plans with a fixed share of the data
+    sheet's peak in place of the roofline.
+    """
 
     gpu: str | None = None
     gpu_count: int | None = None
@@ -45,11 +49,17 @@ class Machine:
     spot: bool | None = None
     usd_per_hour: float | None = None
     threads: int | None = None
+    disk_gb: float | None = None
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture. Widths in channels, `sequence_len` in tokens."""
+    """The architecture. Widths in channels, `sequence_len` in tokens.
+
+    `depth` is the one dial: width 64 x depth, heads of 128. `n_prelude` and the keys after it are
+    the looped family's (docs/plan.md).
+    """
 
     family: str | None = None
     depth: int | None = None
@@ -62,6 +72,15 @@ class Model:
     bias: bool | None = None
     tied_head: bool | None = None
     dropout: float | None = None
+    window_pattern: str | None = None
+    n_prelude: int | None = None
+    n_recurrent: int | None = None
+    n_coda: int | None = None
+    mean_recurrence: float | None = None
+    max_recurrence: int | None = None
+    backprop_depth: int | None = None
+    lora_rank: int | None = None
+    mixture_of_depths: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,18 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tuppence import config, host, recipes
-from tuppence.config import Budget, DataPlan, Plan, Run
+from tuppence.config import Budget, DataPlan, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, RunLock
 from tuppence.ledger import Meter
 from tuppence.live import Live
 from tuppence.plan import hardware
-from tuppence.plan.asked import check_budget, check_supported
+from tuppence.plan.asked import check_budget, check_trainable, check_values
 from tuppence.plan.describe import plan_text
 from tuppence.plan.estimate import rounds
 from tuppence.plan.solve import solve
@@ -52,16 +53,21 @@ def asked(args: Namespace) -> Run:
         )
     words = list(args.words)
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
-    run = config.override(recipes.get(spec), words)
+    run = named(config.override(recipes.get(spec), words), spec)
+    check_values(run)
+    check_trainable(run)
+    check_budget(run.budget)
+    return run
+
+
+def named(run: Run, spec: str) -> Run:
+    """The run with its name: as asked, else its recipe's. It names a folder, and has text."""
     name = run.name or spec.rpartition(":")[2]
     if not name or name != Path(name).name or name.startswith("."):
         raise UserError(f"name={name}: a name is one word that can name a folder")
     if run.data.source is None:
         raise UserError("data.source is not set; say data.source='texts/*.txt' or a corpus's name")
-    run = dataclasses.replace(run, name=name)
-    check_supported(run)
-    check_budget(run.budget)
-    return run
+    return dataclasses.replace(run, name=name)
 
 
 def threads_of(run: Run) -> int:
@@ -145,10 +151,13 @@ def prepared(run: Run, root: Path, *, fresh: bool, tick: Any = None) -> tuple[An
     )
 
 
-def solved(run: Run, data: DataPlan, *, spent_seconds: float | None = None) -> Plan:
+def solved(
+    run: Run, data: DataPlan, *, spent_seconds: float | None = None, quick: float | None = None
+) -> Plan:
     """The plan on this machine, measuring what was not measured before (a few seconds, once).
 
-    `spent_seconds` is what was charged already, in place of the start-up a run usually takes.
+    `spent_seconds` is what was charged already, in place of the start-up a run usually takes. A
+    step that is expected to take longer than `quick` seconds is not measured.
     """
     device, threads = _device(run), threads_of(run)
     known = hardware.load_calibration(device, threads)
@@ -163,7 +172,8 @@ def solved(run: Run, data: DataPlan, *, spent_seconds: float | None = None) -> P
         known = calibrate.measure_machine(device, threads)
         hardware.save_calibration(known)
     plan = _solved(run, data, known, spent_seconds)
-    if plan.predicted.basis == "roofline":
+    slow = quick is not None and plan.predicted.step_seconds.mid > quick
+    if plan.predicted.basis == "roofline" and not slow:
         from tuppence.train import calibrate
 
         say("measuring this plan's step in each precision and attention (once per shape)")
@@ -190,10 +200,10 @@ def _device(run: Run) -> str:
     return calibrate.pick_device()
 
 
-def refuse_warnings(plan: Plan, args: Namespace) -> None:
+def refuse_warnings(warnings: Sequence[Warning], args: Namespace) -> None:
     """`--strict` turns warnings into a refusal."""
-    if args.strict and plan.warnings:
-        raise DoesNotFit("--strict: " + "; ".join(f"{w.code}: {w.message}" for w in plan.warnings))
+    if args.strict and warnings:
+        raise DoesNotFit("--strict: " + "; ".join(f"{w.code}: {w.message}" for w in warnings))
 
 
 # ---------------------------------------------------------------- spent
@@ -211,7 +221,7 @@ def spend(args: Namespace) -> tuple[RunFolder, bool]:
     draft = None
     if args.fresh or not folder.file("plan.json").exists():
         draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is touched before
-        refuse_warnings(draft, args)
+        refuse_warnings(draft.warnings, args)
     if args.fresh and folder.path.exists():
         with RunLock(folder):
             kept = _set_aside(folder.path)
@@ -257,7 +267,7 @@ def _attempt(
                 frozen = dataclasses.replace(draft, data=data)
             else:
                 frozen = solved(wanted, data, spent_seconds=meter.seconds())
-                refuse_warnings(frozen, args)
+                refuse_warnings(frozen.warnings, args)
             _freeze(folder, frozen, words)
         elif data.inputs_sha256 != frozen.data.inputs_sha256:
             raise UserError(

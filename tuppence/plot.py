@@ -1,7 +1,10 @@
-"""One picture: losses over a run as an SVG that stands alone in a page, light or dark."""
+"""Pictures as SVG that stand alone in a page, light or dark: a run's losses, a plan's choices."""
 
+import html
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]
@@ -55,6 +58,79 @@ def loss_plot(train: Points, val: Points, *, x_label: str, band: Points = ()) ->
     )
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over {x_label}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{style}{"".join(parts)}</svg>'
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture: (x, low, middle, high) from left to right."""
+
+    name: str
+    points: tuple[tuple[float, float, float, float], ...]
+
+
+COLOURS = ("#4c8bf5", "#e8710a", "#1e8e3e", "#a142f4", "#d93025", "#12a4af")
+
+
+def curves_plot(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str) -> str:
+    """Curves with their bands over a logarithmic x, named on the right. Returns a whole <svg>."""
+    every = [point for curve in curves for point in curve.points]
+    low_x, high_x = (math.log(f(p[0] for p in every)) for f in (min, max))
+    low_y, high_y = min(p[1] for p in every), max(p[3] for p in every)
+    left, right, height, top = 70, 180, 420, 34
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log(x) - low_x) / ((high_x - low_x) or 1.0)
+        down = (high_y - y) / ((high_y - low_y) or 1.0)
+        return left + across * (WIDTH - left - right), top + down * (height - top - BOTTOM)
+
+    parts = [_log_axes(low_x, high_x, low_y, high_y, place)]
+    ends: list[tuple[float, float, str, str]] = []
+    for curve, colour in zip(curves, itertools.cycle(COLOURS)):
+        mid = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(p[0], p[2]) for p in curve.points))
+        edge = [place(p[0], p[3]) for p in curve.points]
+        edge += [place(p[0], p[1]) for p in reversed(curve.points)]
+        around = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
+        parts.append(f'<polygon points="{around}" fill="{colour}" fill-opacity=".12"/>')
+        parts.append(f'<polyline points="{mid}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        ends.append((*place(curve.points[-1][0], curve.points[-1][2])[::-1], curve.name, colour))
+    lowest = 0.0
+    for y, x, name, colour in sorted(ends):  # apart, in the order of the curves
+        lowest = max(y + 4, lowest + 14)
+        said = html.escape(name)
+        parts.append(f'<text x="{x + 6:.1f}" y="{lowest:.1f}" fill="{colour}">{said}</text>')
+    parts.append(f'<text x="{left}" y="18" font-weight="bold">{html.escape(title)}</text>')
+    middle = left + (WIDTH - left - right) / 2
+    parts.append(f'<text x="{middle}" y="{height - 4}" text-anchor="middle">{x_label}</text>')
+    parts.append(
+        f'<text x="14" y="{height / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {height / 2})">{y_label}</text>'
+    )
+    style = (
+        "<style>svg{background:#fff;color:#202124}.axis{stroke:currentColor;stroke-opacity:.2}"
+        "text{font:12px system-ui,sans-serif}text:not([fill]){fill:currentColor}"
+        "@media(prefers-color-scheme:dark){svg{background:#202124;color:#e8eaed}}</style>"
+    )
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{style}{"".join(parts)}</svg>\n'
+
+
+def _log_axes(low_x: float, high_x: float, low_y: float, high_y: float, place: Place) -> str:
+    """Lines at five heights, and at 1, 2 and 5 of every decade."""
+    out = []
+    left, right = math.exp(low_x), math.exp(high_x)
+    for i in range(5):
+        y = low_y + i / 4 * (high_y - low_y)
+        (x1, y1), (x2, _) = place(left, y), place(right, y)
+        out.append(f'<line class="axis" x1="{x1}" x2="{x2}" y1="{y1:.1f}" y2="{y1:.1f}"/>')
+        out.append(f'<text x="{x1 - 6}" y="{y1 + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    decades = range(math.floor(low_x / math.log(10)), math.ceil(high_x / math.log(10)) + 1)
+    for x in (m * 10.0**d for d in decades for m in (1, 2, 5)):
+        if left <= x * 1.001 and x <= right * 1.001:
+            x_px, bottom = place(x, low_y)
+            out.append(
+                f'<text x="{x_px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{short(x)}</text>'
+            )
+    return "".join(out)
 
 
 def _axes(

@@ -14,6 +14,7 @@ from pathlib import Path
 from tuppence.config import (
     Budget,
     Data,
+    Machine,
     Model,
     Run,
     Train,
@@ -66,9 +67,103 @@ def gpt2_124m() -> Run:
     )
 
 
+def auto() -> Run:
+    """Any corpus, any budget: size, tokens, batch, rates and machine are chosen by the planner."""
+    return Run(budget=Budget(usd=100.0), model=Model(family="depth"), train=Train(optimizer="muon"))
+
+
+# ---------------------------------------------------------------- the published guides
+
+
+def nanogpt_openwebtext() -> Run:
+    """nanoGPT's GPT-2 124M on OpenWebText: 600,000 steps on 8 A100s (guide 000)."""
+    run = _nanogpt(steps=600_000)
+    return dataclasses.replace(run, machine=Machine(gpu="A100-40GB", gpu_count=8))
+
+
+def nanogpt_4b_tokens() -> Run:
+    """The same on one A10G, 6,000 steps of a corpus cut to 4B tokens (guide 001)."""
+    run = _nanogpt(steps=6_000)
+    return dataclasses.replace(
+        run,
+        machine=Machine(gpu="A10G", gpu_count=1),
+        data=dataclasses.replace(run.data, max_tokens=4_000_000_000),
+    )
+
+
+def _nanogpt(steps: int) -> Run:
+    return Run(
+        budget=Budget(steps=steps),
+        model=Model(
+            family="gpt2", n_layer=12, n_head=12, n_embd=768, sequence_len=1024, vocab_size=50304
+        ),
+        data=Data(source="openwebtext", tokenizer="gpt2"),
+        train=Train(
+            batch_tokens=480 * 1024,
+            learning_rate=6e-4,
+            lr_floor=0.1,
+            warmup=2_000 / steps,
+            weight_decay=0.1,
+            beta2=0.95,
+        ),
+    )
+
+
+def looped_546m() -> Run:
+    """A looped transformer: 2 + 3 x 4 + 1 blocks run, 6 stored, 10B tokens (guide 002)."""
+    return Run(
+        budget=Budget(tokens=10_000_000_000),
+        model=Model(
+            family="looped",
+            n_prelude=2,
+            n_recurrent=3,
+            n_coda=1,
+            mean_recurrence=4,
+            max_recurrence=16,
+            lora_rank=32,
+            n_head=18,
+            n_embd=2304,
+            sequence_len=2048,
+        ),
+        data=Data(source="fineweb_edu", tokenizer="bpe:32768"),
+        train=Train(optimizer="muon", batch_tokens=2**19, activation_checkpointing=False),
+    )
+
+
+def llmc_gpt2_124m() -> Run:
+    """llm.c's GPT-2 124M on 10B tokens of FineWeb, on the cheapest machine (guide 003)."""
+    return Run(
+        budget=Budget(steps=18_865),
+        model=Model(
+            family="gpt2", n_layer=12, n_head=12, n_embd=768, sequence_len=1024, vocab_size=50304
+        ),
+        data=Data(source="fineweb", tokenizer="gpt2", max_tokens=10_000_000_000),
+        train=Train(
+            batch_tokens=2**19,
+            learning_rate=6e-4,
+            warmup=700 / 18_865,
+            weight_decay=0.1,
+            beta2=0.95,
+        ),
+    )
+
+
+def depth_1000usd() -> Run:
+    """A thousand dollars of 8 H100 PCIe on sums in 17 characters: 4.2B parameters (guide 004)."""
+    return Run(
+        budget=Budget(usd=1000.0, hours=31.0),
+        machine=Machine(gpu="H100-PCIe", gpu_count=8, usd_per_hour=32.0, disk_gb=270.0),
+        model=Model(family="depth", depth=44, sequence_len=2048, vocab_size=32),
+        data=Data(source="arithmetic", tokenizer="char"),
+        train=Train(optimizer="muon", batch_tokens=2**19),
+    )
+
+
 def all_recipes() -> dict[str, Callable[[], Run]]:
     """The shipped recipes by name, in the order of this file."""
-    return {f.__name__: f for f in (shakespeare, quickstart, gpt2_124m)}
+    ours = (shakespeare, quickstart, gpt2_124m, auto)
+    guides = (nanogpt_openwebtext, nanogpt_4b_tokens, looped_546m, llmc_gpt2_124m, depth_1000usd)
+    return {f.__name__: f for f in (*ours, *guides)}
 
 
 def get(spec: str) -> Run:

@@ -109,6 +109,7 @@ def _predicted(plan: Plan) -> Document:
         "usd": told.usd.mid,
         "hours": told.hours.mid,
         "tokens": told.tokens.mid,
+        "step_seconds": told.step_seconds.mid,
         "tokens_per_second": told.tokens_per_second.mid,
         "mfu": told.mfu.mid,
         "peak_memory_gib": told.peak_memory_gib.mid,
@@ -119,7 +120,7 @@ def _predicted(plan: Plan) -> Document:
 
 def _intervals(plan: Plan) -> dict[str, list[float]]:
     """The 80% intervals of what was promised: `[low, high]`."""
-    names = ("usd", "tokens", "tokens_per_second", "mfu", "peak_memory_gib")
+    names = ("usd", "tokens", "step_seconds", "tokens_per_second", "mfu", "peak_memory_gib")
     found = {name: getattr(plan.predicted, name) for name in names}
     return {name: [interval.low, interval.high] for name, interval in found.items()}
 
@@ -133,12 +134,14 @@ def _actual(
     last_eval: Document | None,
     events: list[Document],
 ) -> Document:
-    rate = plan.step.batch_tokens * len(metrics) / sum(row["step_seconds"] for row in metrics)
+    step_seconds = sum(row["step_seconds"] for row in metrics) / len(metrics)
+    rate = plan.step.batch_tokens / step_seconds
     peaks = [e["peak_memory_gib"] for e in events if e["code"] == "end"]
     return {
         "usd": usd,
         "hours": seconds / 3600,
         "tokens": tokens,
+        "step_seconds": step_seconds,
         "tokens_per_second": rate,
         "mfu": rate * plan.model.flops_per_token / (plan.machine.peak_tflops * 1e12),
         "peak_memory_gib": peaks[-1] if peaks else None,
@@ -165,6 +168,7 @@ def rows(told: Document) -> list[tuple[str, str, str]]:
         both("dollars", "usd", "${:.4f}"),
         ("time", duration(promised["hours"] * 3600), duration(paid["hours"] * 3600)),
         both("tokens", "tokens", "{:,.0f}"),
+        both("step", "step_seconds", "{:.4f} s"),
         both("tokens/s", "tokens_per_second", "{:,.0f}"),
         both("MFU", "mfu", "{:.0%}"),
         both("memory", "peak_memory_gib", "{:.2f} GiB"),

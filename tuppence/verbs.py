@@ -7,37 +7,54 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tuppence import config, host, recipes, report
+from tuppence import config, host, planning, recipes, report
 from tuppence.config import Plan
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder, find
 from tuppence.ledger import spent
 from tuppence.live import printable
-from tuppence.pipeline import (
-    asked,
-    prepared,
-    refuse_warnings,
-    say,
-    solved,
-    spend,
-    surveyed,
-    threads_of,
-)
+from tuppence.pipeline import asked, prepared, refuse_warnings, say, spend
 from tuppence.plan import hardware
-from tuppence.plan.describe import options_document, plan_text
+from tuppence.plan.prices import price_book
+from tuppence.plan.table import book_text, guide_text
 
 Document = dict[str, Any]
 
 
 def plan(args: Namespace) -> Document:
-    """The plan of a run, before anything is spent."""
-    run = asked(args)
-    host.settle_threads(threads_of(run))
-    found = solved(run, surveyed(run))
-    refuse_warnings(found, args)
+    """The plan of a run, before anything is spent: here, and on every machine in the price book."""
+    if args.as_published:
+        return _as_published(args)
+    found = planning.planned(args)
+    for each in found:
+        refuse_warnings(each.warnings, args)
+    if len(found) > 1:
+        table = planning.compared(found)
+        if not args.json:
+            print(table)
+        return {"compared": [planning.as_document(each) for each in found]}
+    if args.plot:
+        Path(args.plot).write_text(planning.drawn(found[0]), encoding="utf-8")
+        say(f"--plot: {args.plot}")
     if not args.json:
-        print(plan_text(found))
-    return options_document(run, found)
+        print(planning.text(found[0], every=args.all))
+    return planning.as_document(found[0])
+
+
+def _as_published(args: Namespace) -> Document:
+    """A guide's figures from its own premises, beside what arithmetic says."""
+    from tuppence.plan.guides import RECIPES, guide
+
+    names = [word for word in args.words if "=" not in word]
+    told = guide(names[0]) if len(names) == 1 else None
+    if told is None:
+        raise UserError(
+            f"--as-published {' '.join(names)}: name one recipe that stands for a published guide: "
+            f"{', '.join(RECIPES)}"
+        )
+    if not args.json:
+        print(guide_text(told))
+    return dataclasses.asdict(told)
 
 
 def prepare(args: Namespace) -> Document:
@@ -239,6 +256,21 @@ def calibrate(args: Namespace) -> Document:
     return json.loads(config.to_json(found))  # type: ignore[no-any-return]
 
 
+def prices(args: Namespace) -> Document:
+    """The price book, and what is doubtful about it."""
+    if args.refresh:
+        from tuppence.plan.skypilot import refresh_from_skypilot
+
+        say(f"{len(refresh_from_skypilot())} machines taken from SkyPilot's catalog")
+    book = price_book(Path(args.prices) if args.prices else None)
+    if not args.json:
+        print(book_text(book))
+    return {
+        "offers": [dataclasses.asdict(offer) for offer in book.offers],
+        "problems": [problem._asdict() for problem in book.problems],
+    }
+
+
 VERBS = {
     "run": run,
     "plan": plan,
@@ -250,4 +282,5 @@ VERBS = {
     "recipes": list_recipes,
     "runs": list_runs,
     "calibrate": calibrate,
+    "prices": prices,
 }

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from tuppence.data import corpora
 from tuppence.data.formats import COMPRESSIONS, KINDS, InputFile, Meter, kind_of, read_texts
 from tuppence.data.pieces import Piece
 from tuppence.errors import UserError
@@ -44,6 +45,11 @@ def find_files(source: str) -> list[InputFile]:
         return [_known_file(path, source)]
     if glob.has_magic(source):
         return _matching(path, source)
+    if source in corpora.CORPORA:
+        raise UserError(
+            f"data.source={source}: this version plans with {source} by its name, and prepares "
+            f"from files; give its files, for example data.source='{source}/*.parquet'"
+        )
     raise UserError(_nothing_there(path, source))
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from tuppence.data.corpora import CORPORA, Corpus
 from tuppence.data.formats import Meter
 from tuppence.data.pieces import Piece, recut
 from tuppence.data.sources import find_files, read_pieces, source_bytes
@@ -19,6 +21,9 @@ from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec
 SAMPLE_CHARS = 8_000_000
 # Bytes per token grow with the logarithm of a learned vocabulary's size: 4.2 for GPT-2's.
 _BYTES_PER_TOKEN_PER_LOG = 0.39
+GPT2_VOCAB = 50257
+CHAR_VOCAB = 17
+WEB_BYTES_PER_TOKEN = 4.5  # GPT-2's tokens on English web text, within a few percent
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Survey:
 
 def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
     """Bytes, documents and tokens (end-of-text included) of `source`. Raises UserError."""
+    if source in CORPORA and not Path(source).exists():
+        return _named(CORPORA[source], tokenizer)
     found = find_files(source)
     meter = Meter()
     reading = read_pieces(found, text_field=text_field, meter=meter)
@@ -64,6 +71,22 @@ def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
     )
 
 
+def _named(corpus: Corpus, tokenizer: str) -> Survey:
+    """A corpus that is known by its name alone."""
+    vocab_size = _vocab_of(tokenizer)
+    if vocab_size is None:
+        with_file = build_tokenizer(tokenizer, texts=lambda: iter(()))
+        vocab_size = with_file.vocab_size
+    tokens = _tokens_of(corpus, tokenizer)
+    return Survey(
+        bytes=round(tokens * _bytes_per_token(tokenizer)),
+        documents=1,
+        tokens=tokens,
+        vocab_size=vocab_size,
+        exact=False,
+    )
+
+
 def _sampled(pieces: Iterator[Piece]) -> Iterator[Piece]:
     read_chars = 0
     for piece in pieces:
@@ -78,3 +101,25 @@ def _count(tokenizer: Tokenizer, sample: list[Piece], *, documents: int) -> int:
     return ends + sum(
         len(tokenizer.encode(piece.text)) for piece in recut(sample, cut=tokenizer.cut)
     )
+
+
+def _vocab_of(tokenizer: str) -> int | None:
+    """The vocabulary of a tokenizer by its kind and argument; None where that does not tell it."""
+    kind, argument = parse_spec(tokenizer)
+    known = {"gpt2": GPT2_VOCAB, "char": len(argument) or CHAR_VOCAB, "byte": 257}
+    return int(argument) if kind == "bpe" else known.get(kind)
+
+
+def _bytes_per_token(tokenizer: str) -> float:
+    """Bytes of English web text that a token covers; grows with the logarithm of a vocabulary."""
+    vocab_size = _vocab_of(tokenizer)
+    if vocab_size is None:
+        return WEB_BYTES_PER_TOKEN
+    if tokenizer != "gpt2" and not tokenizer.startswith("bpe"):
+        return 1.0
+    return WEB_BYTES_PER_TOKEN * math.log(vocab_size) / math.log(GPT2_VOCAB)
+
+
+def _tokens_of(corpus: Corpus, tokenizer: str) -> int:
+    """How many tokens of `tokenizer` the whole corpus has."""
+    return int(corpus.tokens * _bytes_per_token(corpus.tokenizer) / _bytes_per_token(tokenizer))

@@ -4,15 +4,61 @@ import dataclasses
 import math
 from typing import Any
 
-from tuppence.config import Budget, DataPlan, ModelPlan, OptimizerPlan, Run, SchedulePlan
+from tuppence.config import (
+    Budget,
+    DataPlan,
+    ModelPlan,
+    OptimizerPlan,
+    Run,
+    SchedulePlan,
+    nearest,
+)
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.plan import cost
+from tuppence.plan.shapes import FAMILIES, laid_out, nearest_divisor, number, shape_of
+
+OPTIMIZERS = ("adamw", "muon")
+PARALLEL = ("none", "ddp", "zero1", "fsdp")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
-def check_supported(run: Run) -> None:
-    """Refuse what this version cannot do, rather than do something else in silence."""
+def check_values(run: Run) -> None:
+    """Refuse what is not a value of its key, whatever machine it is for."""
+    least = {
+        "data.val_tokens": 2,
+        "data.max_tokens": 1,
+        "machine.gpu_count": 0,
+        "machine.nodes": 1,
+        "train.micro_batch": 1,
+    }
+    for key, bound in least.items():
+        group, _, leaf = key.partition(".")
+        value = getattr(getattr(run, group), leaf)
+        if value is not None and value < bound:
+            raise UserError(f"{key}={value}: at least {bound}, or leave it out")
+    above_zero = {
+        "machine.usd_per_hour": (run.machine.usd_per_hour, "a price"),
+        "machine.disk_gb": (run.machine.disk_gb, "a disk"),
+        "machine.mfu": (run.machine.mfu, "a share of the peak"),
+    }
+    for key, (amount, what) in above_zero.items():
+        if amount is not None and amount <= 0:
+            raise UserError(f"{key}={amount:g}: {what} is more than zero")
+    if run.machine.mfu is not None and run.machine.mfu > 1:
+        raise UserError(f"machine.mfu={run.machine.mfu:g}: a share of the peak, at most 1")
+    for key, value, allowed in (
+        ("model.family", run.model.family, FAMILIES),
+        ("train.optimizer", run.train.optimizer, OPTIMIZERS),
+        ("train.parallel", run.train.parallel, PARALLEL),
+        ("train.precision", run.train.precision, PRECISIONS),
+    ):
+        if value is not None and value not in allowed:
+            raise UserError(f"{key}={value}{nearest(value, list(allowed))}")
+
+
+def check_trainable(run: Run) -> None:
+    """Refuse what this version cannot train, rather than train something else in silence."""
     only: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("model.family", run.model.family, ("gpt2",)),
+        ("model.family", laid_out(run.model).family, ("gpt2",)),
         ("train.optimizer", run.train.optimizer, ("adamw",)),
         ("train.schedule", run.train.schedule, ("cosine", "wsd")),
         ("train.precision", run.train.precision, ("fp32", "bf16")),
@@ -21,16 +67,13 @@ def check_supported(run: Run) -> None:
         ("train.activation_checkpointing", run.train.activation_checkpointing, (False,)),
         ("machine.gpu_count", run.machine.gpu_count, (0, 1)),
         ("machine.nodes", run.machine.nodes, (1,)),
-        ("model.depth", run.model.depth, ()),
     ]
     for key, value, allowed in only:
         if value is not None and value not in allowed:
-            there_are = " or ".join(str(a) for a in allowed) or "only model.n_layer and the like"
-            raise UserError(f"{key}={value}: this version has {there_are}")
-    for key, least in (("val_tokens", 2), ("max_tokens", 1)):
-        value = getattr(run.data, key)
-        if value is not None and value < least:
-            raise UserError(f"data.{key}={value}: at least {least}, or leave it out")
+            there_are = " or ".join(str(a) for a in allowed)
+            raise UserError(
+                f"{key}={value}: this version trains {there_are}; tuppence plan plans it"
+            )
     elsewhere = {
         "machine.cloud": run.machine.cloud,
         "machine.instance_type": run.machine.instance_type,
@@ -56,23 +99,7 @@ def check_budget(budget: Budget) -> Budget:
 
 def solve_model(run: Run, data: DataPlan) -> ModelPlan:
     """The model with its exact counts. Raises UserError where dimensions do not divide."""
-    asked = run.model
-    needed = {k: getattr(asked, k) for k in ("n_layer", "n_head", "n_embd", "sequence_len")}
-    for key, value in needed.items():
-        if value is None:
-            raise UserError(f"model.{key} is not set: the recipe or you must say it")
-        if value < 1:
-            raise UserError(f"model.{key}={value}: at least 1")
-    heads, width = needed["n_head"], needed["n_embd"]
-    if width % heads:
-        nearest_width = max(1, (2 * width + heads) // (2 * heads)) * heads
-        nearest_heads = min(divisors(width), key=lambda d: (abs(d - heads), d))
-        raise UserError(
-            f"model.n_head={heads} does not divide model.n_embd={width}; the nearest that fit: "
-            f"model.n_embd={nearest_width}, or model.n_head={nearest_heads}"
-        )
-    if asked.n_kv_head not in (None, heads):
-        raise UserError(f"model.n_kv_head={asked.n_kv_head}: gpt2 has as many as n_head={heads}")
+    asked = laid_out(run.model)
     vocab = data.vocab_size if asked.vocab_size is None else asked.vocab_size
     if vocab < data.vocab_size:
         raise UserError(
@@ -84,32 +111,20 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
         raise UserError(f"model.dropout={dropout:g}: a rate from 0 to below 1")
     if dropout and run.train.attention == "sdpa":
         raise UserError("train.attention=sdpa: model.dropout needs matmul attention")
-    tied = True if asked.tied_head is None else asked.tied_head
-    bias = bool(asked.bias)
-    layers, length = needed["n_layer"], needed["sequence_len"]
-    matmul = cost.gpt2_params_matmul(n_layer=layers, n_embd=width, vocab_size=vocab)
+    shape = shape_of(asked, vocab)
     return ModelPlan(
         family=asked.family or "gpt2",
-        n_layer=layers,
-        n_head=heads,
-        n_embd=width,
+        n_layer=number(asked, "n_layer"),
+        n_head=number(asked, "n_head"),
+        n_embd=number(asked, "n_embd"),
         vocab_size=vocab,
-        sequence_len=length,
-        bias=bias,
-        tied_head=tied,
+        sequence_len=number(asked, "sequence_len"),
+        bias=bool(asked.bias),
+        tied_head=True if asked.tied_head is None else asked.tied_head,
         dropout=dropout,
-        params=cost.gpt2_params(
-            n_layer=layers,
-            n_embd=width,
-            vocab_size=vocab,
-            sequence_len=length,
-            bias=bias,
-            tied_head=tied,
-        ),
-        params_matmul=matmul,
-        flops_per_token=cost.flops_per_token(
-            params_matmul=matmul, n_layer=layers, n_embd=width, sequence_len=length
-        ),
+        params=shape.params,
+        params_matmul=shape.params_matmul,
+        flops_per_token=round(shape.flops_per_token),
     )
 
 
@@ -143,16 +158,10 @@ def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
     return batch_tokens // length
 
 
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
-
-
 def check_micro_batch(micro: int, sequences: int, length: int) -> int:
     """The micro-batch asked for. Raises UserError where it does not divide the batch."""
     if micro < 1 or sequences % micro:
-        near = min(divisors(sequences), key=lambda d: (abs(d - micro), d))
+        near = nearest_divisor(sequences, micro)
         raise UserError(
             f"train.micro_batch={micro} does not divide the batch of {sequences} sequences "
             f"(train.batch_tokens={sequences * length} / model.sequence_len={length}); "

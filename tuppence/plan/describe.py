@@ -1,10 +1,9 @@
-"""A plan for reading, and as the document of `tuppence plan --json`."""
+"""This machine's plan for reading, and as one option of `tuppence plan --json`."""
 
 import dataclasses
 from typing import Any
 
-from tuppence import config
-from tuppence.config import Interval, Plan, Run
+from tuppence.config import Interval, Plan
 from tuppence.live import duration
 
 
@@ -72,12 +71,22 @@ def plan_text(plan: Plan) -> str:
     return text + notes
 
 
+def in_a_line(plan: Plan) -> str:
+    """The plan where another machine is the better choice."""
+    told = plan.predicted
+    return (
+        f"here      {plan.machine.name}: {between(told.tokens_per_second)} tokens/s, "
+        f"{duration(told.hours.mid * 3600)}, {told.tokens.mid:,.0f} tokens, "
+        f"${between(told.usd, '.2f')} (machine.gpu=cpu shows the whole plan)"
+    )
+
+
 def _phases(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
 
 
-def options_document(run: Run, plan: Plan) -> dict[str, Any]:
-    """The `--json` document: what was asked, the model, and one option for each machine."""
+def local_option(plan: Plan) -> dict[str, Any]:
+    """This machine as one option of the `--json` document."""
     told, machine = plan.predicted, plan.machine
     hourly = machine.usd_per_hour / 3600
     phases = {name: seconds * hourly for name, seconds in told.phase_seconds.items()}
@@ -93,13 +102,25 @@ def options_document(run: Run, plan: Plan) -> dict[str, Any]:
             "peak_memory_gib",
         )
     }
-    option = {
+    return {
         "cloud": "local",
         "instance_type": machine.name,
         "gpu": machine.name if machine.device == "cuda" else "cpu",
         "gpu_count": 1 if machine.device == "cuda" else 0,
         "spot": False,
+        "usd_per_hour": machine.usd_per_hour,
+        "price": {"terms": machine.price_source, "date": None, "source": machine.price_source},
         "fits": True,
+        "why_not": None,
+        "params": plan.model.params,
+        "flops_per_token": plan.model.flops_per_token,
+        "precision": machine.precision,
+        "accumulation": plan.step.accumulation,
+        "batch_tokens": plan.step.batch_tokens,
+        "learning_rate": plan.optimizer.learning_rate,
+        "step_seconds": told.step_seconds.mid,
+        "mfu_peak": {"tflops": machine.peak_tflops, "source": machine.peak_source},
+        "epochs": told.epochs,
         "micro_batch": plan.step.micro_batch,
         "peak_memory_gib": told.peak_memory_gib.mid,
         "tokens_per_second": told.tokens_per_second.mid,
@@ -110,14 +131,4 @@ def options_document(run: Run, plan: Plan) -> dict[str, Any]:
         "loss": dataclasses.asdict(told.val_loss) if told.val_loss else None,
         "loss_source": told.val_loss_source,
         "intervals": spread,
-    }
-    model = plan.model
-    counts = {"params": model.params, "params_matmul": model.params_matmul}
-    return {
-        "run": config.asked(run),
-        "model": {**counts, "flops_per_token": model.flops_per_token},
-        "options": [option],
-        "chosen": 0,
-        "warnings": [dataclasses.asdict(w) for w in plan.warnings],
-        "plan": dataclasses.asdict(plan),
     }

@@ -16,8 +16,10 @@ from tuppence.config import (
     StepPlan,
 )
 from tuppence.plan import cost, loss
-from tuppence.plan.asked import divisors, limit_seconds
+from tuppence.plan.asked import limit_seconds
 from tuppence.plan.hardware import Calibration, Timing, shape_key
+from tuppence.plan.memory import cpu_activation_bytes, state_bytes
+from tuppence.plan.shapes import divisors
 
 CPU_MICRO_TOKENS = 4096  # larger micro-batches leave the caches and gain nothing
 MEMORY_SHARE = 0.8  # of the machine's memory that a chosen micro-batch may fill
@@ -27,7 +29,8 @@ ROOFLINE_SPREAD = (0.5, 1.0, 2.5)
 DISPATCH_SECONDS = 0.003  # of one forward pass over one short sequence, whatever its width
 HASH_BYTES_PER_SECOND = 1.2e9
 PREPARED_SECONDS = 0.1
-LIBRARIES_GIB = 0.13  # what kernels and allocators add to the bare process in the first steps
+LIBRARIES_GIB = 0.10  # what kernels and allocators add to the bare process in the first steps
+FRAGMENTED = 1.3  # of activations: what glibc holds for them on several threads (docs/LOG.md)
 PREPARE_TOKENS_PER_SECOND = 1.5e6  # two cores, GPT-2 tokens (docs/BENCHMARKS.md)
 
 
@@ -96,7 +99,7 @@ def largest_micro_batch(
 def peak_memory_gib(model: ModelPlan, timing: Timing, calibration: Calibration) -> float:
     """Predicted peak: the process, weights and optimizer, and for each worker its gradients, its
     cast weights and one micro-batch's activations."""
-    activations = cost.activation_bytes(
+    activations = cpu_activation_bytes(
         tokens=timing.micro_batch * model.sequence_len,
         n_layer=model.n_layer,
         n_head=model.n_head,
@@ -108,8 +111,8 @@ def peak_memory_gib(model: ModelPlan, timing: Timing, calibration: Calibration) 
     )
     cast = 2 * model.params_matmul if timing.precision == "bf16" else 0
     more_gradients = 4 * model.params * (timing.workers - 1)
-    state = cost.state_bytes(model.params) + more_gradients
-    each = timing.workers * (cast + activations)
+    state = state_bytes(model.params) + more_gradients
+    each = timing.workers * (cast + FRAGMENTED * activations)
     return calibration.startup_rss_gib + LIBRARIES_GIB + (state + each) / cost.GIB
 
 

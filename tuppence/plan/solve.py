@@ -28,7 +28,8 @@ from tuppence.plan.asked import (
     batch_sequences,
     check_budget,
     check_micro_batch,
-    check_supported,
+    check_trainable,
+    check_values,
     limit_seconds,
     max_steps,
     solve_model,
@@ -57,7 +58,8 @@ SAMPLE_TOKENS = 200
 
 def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     """The plan of `run` on this machine, whose corpus is `data`."""
-    check_supported(run)
+    check_values(run)
+    check_trainable(run)
     budget = check_budget(run.budget)
     model = solve_model(run, data)
     step = _solve_step(run, budget, data, model, calibration)
@@ -137,8 +139,6 @@ def _solve_machine(
     ):
         raise DoesNotFit(f"machine.gpu={run.machine.gpu}: this machine has {calibration.name}")
     price = run.machine.usd_per_hour
-    if price is not None and price <= 0:
-        raise UserError(f"machine.usd_per_hour={price:g}: a price is more than zero")
     return MachinePlan(
         device=calibration.device,
         name=calibration.name,

@@ -1,0 +1,133 @@
+"""From the words to a shape: the dial, the families, what is refused; and the laws of size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tuppence.config import Model
+from tuppence.errors import UserError
+from tuppence.plan import laws
+from tuppence.plan.shapes import divisors, laid_out, nearest_divisor, shape_of, windows
+
+LOOPED = Model(
+    family="looped",
+    n_prelude=2,
+    n_recurrent=3,
+    n_coda=1,
+    mean_recurrence=4,
+    max_recurrence=16,
+    n_embd=2304,
+    n_head=18,
+)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads"), [(12, 768, 6), (24, 1536, 12), (44, 2816, 22), (45, 2880, 45)]
+)
+def test_the_dial_sets_width_and_heads(depth: int, width: int, heads: int) -> None:
+    full = laid_out(Model(depth=depth))
+    assert (full.family, full.n_layer, full.n_embd, full.n_head) == ("depth", depth, width, heads)
+    assert full.sequence_len == 2048
+
+
+def test_the_dial_of_gpt2_is_gpt2() -> None:
+    full = laid_out(Model(family="gpt2", depth=12))
+    assert (full.n_layer, full.n_embd, full.n_head, full.sequence_len) == (12, 768, 12, 1024)
+    assert shape_of(full, 50257).params == 12 * (12 * 768**2 + 2 * 768) + (50257 + 1024 + 1) * 768
+
+
+def test_guide_004_is_12_9_billion() -> None:
+    shape = shape_of(Model(depth=64), 32)
+    assert shape.params == 12 * 64 * 4096**2 + 2 * 32 * 4096
+    assert shape.flops_per_token == 6 * shape.params_matmul + 12 * 64 * 4096 * 2048
+
+
+def test_the_looped_family_counts_what_it_runs() -> None:
+    shape = shape_of(LOOPED, 32768)
+    assert shape.params == 546_179_328
+    assert shape.flops_per_token == pytest.approx(7.2938e9, rel=1e-4)
+    half = shape_of(Model(**{**vars(LOOPED), "backprop_depth": 2}), 32768)
+    assert half.params == shape.params
+    assert half.layers_kept == 9
+    assert half.flops_per_token < shape.flops_per_token
+
+
+def test_windows_shorten_attention_alone() -> None:
+    full, short = (
+        shape_of(Model(depth=8), 256),
+        shape_of(Model(depth=8, window_pattern="SSSL"), 256),
+    )
+    assert full.params == short.params
+    assert full.matmul_flops_per_token == short.matmul_flops_per_token
+    assert short.attention_flops_per_token == full.attention_flops_per_token * (6 / 4 + 2) / 8
+    assert windows("S", 3, 64) == (16, 16, 64)  # the last layer sees all
+    assert windows(None, 3, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Model(family="gpt3", n_layer=1), ["gpt3", "gpt2, depth, looped"]),
+        (Model(depth=0), ["model.depth=0", "at least 1"]),
+        (Model(family="looped", depth=4), ["model.depth=4", "model.n_embd"]),
+        (Model(depth=4, n_prelude=2), ["model.n_prelude", "model.family=looped"]),
+        (Model(family="gpt2", n_layer=2), ["model.n_embd is not set"]),
+        (
+            Model(family="gpt2", n_layer=2, n_embd=64, n_head=5),
+            ["n_head=5", "n_embd=65", "n_head=4"],
+        ),
+        (Model(depth=4, n_kv_head=3), ["model.n_kv_head=3", "model.n_head=2", "2"]),
+        (Model(family="gpt2", depth=4, n_kv_head=1), ["n_kv_head=1", "n_head=4"]),
+        (Model(depth=4, window_pattern="SXL"), ["SXL", "SSSL"]),
+        (Model(**{**vars(LOOPED), "max_recurrence": 2}), ["mean_recurrence=4", "max_recurrence=2"]),
+        (Model(**{**vars(LOOPED), "n_coda": None}), ["model.n_coda is not set"]),
+        (Model(**{**vars(LOOPED), "n_recurrent": 0}), ["model.n_recurrent=0", "at least 1"]),
+        (Model(depth=4, n_layer=6), ["model.depth=4", "model.n_layer=none"]),
+    ],
+)
+def test_wrong_shapes_name_the_value_and_the_remedy(model: Model, says: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        shape_of(model, 1000)
+    assert all(word in str(refusal.value) for word in says), refusal.value
+
+
+def test_divisors() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert [nearest_divisor(480, wanted) for wanted in (7, 9, 1000)] == [6, 8, 480]
+
+
+# ---------------------------------------------------------------- laws
+
+
+def test_depth_12_is_the_reference() -> None:
+    twelve = shape_of(Model(depth=12), 32768)
+    tokens = laws.horizon_tokens(twelve, "muon")
+    assert tokens == 10.5 * (12 * 12 * 768**2 + 32768 * 768)
+    found = laws.recipe(twelve, "muon", tokens)
+    assert found.batch_tokens == 2**19
+    assert found.learning_rate == pytest.approx(0.02)
+    assert found.embedding_rate == pytest.approx(0.3)
+    assert found.weight_decay == pytest.approx(0.28)
+
+
+def test_larger_models_take_larger_batches_and_decay_less() -> None:
+    """At depth 24: batch x (D / D_12)^0.383, rounded to a power of two; rates by its root."""
+    shape = shape_of(Model(depth=24), 32768)
+    tokens = laws.horizon_tokens(shape, "muon")
+    found = laws.recipe(shape, "muon", tokens)
+    assert found.batch_tokens == 2**20
+    assert found.learning_rate == pytest.approx(0.02 * math.sqrt(2))
+    assert found.embedding_rate == pytest.approx(0.3)  # sqrt(2) x (1536 / 768)^-0.5
+    assert found.weight_decay == pytest.approx(0.28 * math.sqrt(2) * 110100480 / 729808896)
+
+
+def test_adamw_follows_its_own_rate_and_a_short_run_takes_small_batches() -> None:
+    gpt2 = shape_of(Model(family="gpt2", depth=12), 50304)
+    found = laws.recipe(gpt2, "adamw", 10e9)
+    assert found.learning_rate == pytest.approx(6.4e-4, rel=0.01)  # GPT-3 small has 6e-4
+    short = laws.recipe(gpt2, "adamw", 1e6)
+    assert short.batch_tokens <= 1e6 / 100 * math.sqrt(2)
+    assert short.batch_tokens % 1024 == 0
+    assert short.learning_rate < found.learning_rate

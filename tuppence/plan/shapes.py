@@ -1,0 +1,193 @@
+"""From the architecture that was asked to its `Shape`: the dial, the families, their refusals.
+
+    model.depth = L      width 64 L, heads of 128 (of 64 where the width is an odd multiple of 64)
+
+The dial's aspect ratio of 64 is nanochat's; at L = 12 it is GPT-2 small's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from tuppence.config import Model
+from tuppence.errors import UserError
+from tuppence.plan import cost
+from tuppence.plan.cost import Shape
+
+FAMILIES = ("gpt2", "depth", "looped")
+ASPECT = 64  # channels a layer of the dial
+SEQUENCE_LEN = {"gpt2": 1024, "depth": 2048, "looped": 2048}
+LOOPED_ONLY = (
+    "n_prelude",
+    "n_recurrent",
+    "n_coda",
+    "mean_recurrence",
+    "max_recurrence",
+    "backprop_depth",
+    "lora_rank",
+    "mixture_of_depths",
+)
+SHORT_WINDOW = 4  # a letter S of model.window_pattern looks at this part of the sequence
+
+
+def is_sized(model: Model) -> bool:
+    """Whether the person fixed the model's size, or leaves it to the budget."""
+    if model.family == "looped":
+        return model.n_embd is not None
+    return model.depth is not None or model.n_layer is not None
+
+
+def at_depth(model: Model, depth: int) -> Model:
+    """The same request with the dial set."""
+    return dataclasses.replace(model, depth=depth)
+
+
+def laid_out(model: Model) -> Model:
+    """The request with the dial's consequences written out; what the person set stands."""
+    family = model.family or ("gpt2" if model.depth is None else "depth")
+    if family not in FAMILIES:
+        raise UserError(f"model.family={family}: there are {', '.join(FAMILIES)}")
+    looped = [key for key in LOOPED_ONLY if getattr(model, key) is not None]
+    if looped and family != "looped":
+        raise UserError(f"model.{looped[0]} is of the looped family; add model.family=looped")
+    depth = model.depth
+    if depth is not None and depth < 1:
+        raise UserError(f"model.depth={depth}: at least 1")
+    if depth is not None and family == "looped":
+        raise UserError(f"model.depth={depth}: a looped model is sized by model.n_embd")
+    if depth is not None and model.n_layer not in (None, depth):
+        raise UserError(
+            f"model.depth={depth} and model.n_layer={model.n_layer}: the dial sets the layers; "
+            f"model.n_layer=none model.n_head=none model.n_embd=none leaves them to it"
+        )
+    width = model.n_embd if depth is None or model.n_embd is not None else ASPECT * depth
+    heads = model.n_head
+    if heads is None and width is not None:
+        heads = max(1, width // (64 if family == "gpt2" or width % 128 else 128))
+    return dataclasses.replace(
+        model,
+        family=family,
+        n_layer=model.n_layer if depth is None else depth,
+        n_embd=width,
+        n_head=heads,
+        sequence_len=model.sequence_len or SEQUENCE_LEN[family],
+    )
+
+
+def shape_of(model: Model, vocab_size: int) -> Shape:
+    """The counted shape of a request over a vocabulary of `vocab_size` tokens.
+
+    Raises UserError for a value that is missing, too small, or does not divide.
+    """
+    full = laid_out(model)
+    check_heads(full)
+    build: dict[str | None, Callable[[Model, int], Shape]] = {
+        "gpt2": _gpt2,
+        "depth": _depth,
+        "looped": _looped,
+    }
+    return build[full.family](full, full.vocab_size or vocab_size)
+
+
+def number(model: Model, key: str, *, least: int = 1) -> int:
+    """A size that has to be there. Raises UserError where it is not, or is too small."""
+    value = getattr(model, key)
+    if value is None:
+        raise UserError(f"model.{key} is not set: the recipe or you must say it")
+    if value < least:
+        raise UserError(f"model.{key}={value}: at least {least}")
+    return int(value)
+
+
+def check_heads(model: Model) -> None:
+    """Heads divide the width; key-value heads divide the heads."""
+    width, heads, kv_heads = number(model, "n_embd"), number(model, "n_head"), model.n_kv_head
+    if width % heads:
+        nearest_width = max(1, (2 * width + heads) // (2 * heads)) * heads
+        nearest_heads = nearest_divisor(width, heads)
+        raise UserError(
+            f"model.n_head={heads} does not divide model.n_embd={width}; the nearest that fit: "
+            f"model.n_embd={nearest_width}, or model.n_head={nearest_heads}"
+        )
+    if model.family == "gpt2" and kv_heads not in (None, heads):
+        raise UserError(f"model.n_kv_head={kv_heads}: gpt2 has as many as n_head={heads}")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise UserError(
+            f"model.n_kv_head={kv_heads} does not divide model.n_head={heads}; the nearest is "
+            f"{nearest_divisor(heads, kv_heads)}"
+        )
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n nearest to `wanted`, the smaller of two."""
+    return min(divisors(n), key=lambda d: (abs(d - wanted), d))
+
+
+def _gpt2(model: Model, vocab_size: int) -> Shape:
+    return cost.gpt2(
+        n_layer=number(model, "n_layer"),
+        n_head=number(model, "n_head"),
+        n_embd=number(model, "n_embd"),
+        vocab_size=vocab_size,
+        sequence_len=number(model, "sequence_len"),
+        bias=bool(model.bias),
+        tied_head=True if model.tied_head is None else model.tied_head,
+    )
+
+
+def _depth(model: Model, vocab_size: int) -> Shape:
+    return cost.depth(
+        n_layer=number(model, "n_layer"),
+        n_head=number(model, "n_head"),
+        n_kv_head=model.n_kv_head,
+        n_embd=number(model, "n_embd"),
+        vocab_size=vocab_size,
+        sequence_len=number(model, "sequence_len"),
+        windows=windows(
+            model.window_pattern, number(model, "n_layer"), number(model, "sequence_len")
+        ),
+    )
+
+
+def windows(pattern: str | None, n_layer: int, sequence_len: int) -> tuple[int, ...] | None:
+    """Each layer's window by a repeated pattern of L (whole sequence) and S (a quarter of it).
+
+    The last layer is always whole. Raises UserError for another letter.
+    """
+    if pattern is None:
+        return None
+    if not pattern or set(pattern) - set("LS"):
+        raise UserError(f"model.window_pattern={pattern}: letters L and S, for example SSSL")
+    span = {"L": sequence_len, "S": max(1, sequence_len // SHORT_WINDOW)}
+    spans = [span[pattern[i % len(pattern)]] for i in range(n_layer)]
+    return (*spans[:-1], sequence_len)
+
+
+def _looped(model: Model, vocab_size: int) -> Shape:
+    number(model, "mean_recurrence")
+    mean, most = model.mean_recurrence or 0.0, number(model, "max_recurrence")
+    if mean > most:
+        raise UserError(
+            f"model.mean_recurrence={mean:g} is above model.max_recurrence={most}; raise that or "
+            f"lower this"
+        )
+    return cost.looped(
+        n_prelude=number(model, "n_prelude", least=0),
+        n_recurrent=number(model, "n_recurrent"),
+        n_coda=number(model, "n_coda", least=0),
+        recurrence=mean,
+        max_recurrence=most,
+        backprop_depth=model.backprop_depth,
+        lora_rank=32 if model.lora_rank is None else model.lora_rank,
+        n_head=number(model, "n_head"),
+        n_embd=number(model, "n_embd"),
+        vocab_size=vocab_size,
+        sequence_len=number(model, "sequence_len"),
+        mixture_of_depths=bool(model.mixture_of_depths),
+    )

@@ -1,0 +1,355 @@
+"""The options as a person decides from them: a table, warnings, two runs side by side, a guide.
+
+Cheapest first, what does not fit last with its reason; intervals are 80%.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tuppence.config import DataPlan, Interval, Run, Warning
+from tuppence.plan.describe import between
+from tuppence.plan.guides import Guide
+from tuppence.plan.options import Option
+from tuppence.plan.prices import Book
+from tuppence.plot import Curve, curves_plot, short
+
+ROWS = 12  # of a table, unless all are asked for
+COLUMNS = (
+    "machine",
+    "GPUs",
+    "$/h",
+    "tokens/s",
+    "MFU",
+    "hours",
+    "tokens",
+    "prepare",
+    "store",
+    "train",
+    "total $",
+    "val loss",
+)
+
+
+def options_text(options: Sequence[Option], *, rows: int = ROWS) -> str:
+    """The table of what fits, and how many machines do not and why."""
+    fitting = [o for o in options if o.fits]
+    lines = _aligned([COLUMNS, *map(_row, fitting[:rows])])
+    if len(fitting) > rows:
+        lines.append(f"and {len(fitting) - rows} more that fit (--all shows them)")
+    refused = [o for o in options if not o.fits]
+    if refused:
+        lines.append(f"{len(refused)} of {len(options)} cannot:")
+        reasons: dict[str, list[str]] = {}
+        for option in refused:
+            why, _, figures = (option.why_not or "").partition(": ")
+            reasons.setdefault(why, []).append(f"{_where(option)} ({figures})" if figures else "")
+        for why, names in reasons.items():
+            lines += [f"  {len(names)}: {why}; {_few(names)}"] if rows <= ROWS else [f"  {why}:"]
+            lines += [f"    {name}" for name in names if rows > ROWS]
+    return "\n".join(line.rstrip(" ;") for line in lines)
+
+
+def _few(names: list[str]) -> str:
+    return f"for example {names[0]}" if names[0] else ""
+
+
+def _where(option: Option) -> str:
+    offer = option.seller.offer
+    spot = " spot" if option.seller.spot else ""
+    return f"{offer.cloud} {offer.instance_type}{spot}"
+
+
+def _gpus(option: Option) -> str:
+    nodes = f"{option.nodes} x " if option.nodes > 1 else ""
+    return f"{nodes}{option.seller.offer.gpu_count} {option.gpu.name}"
+
+
+def _row(option: Option) -> tuple[str, ...]:
+    assert option.tokens_per_second
+    assert option.mfu
+    assert option.train_hours
+    assert option.tokens
+    assert option.usd
+    assert option.stages
+    usd, total = option.stages.usd, option.usd
+    return (
+        _where(option),
+        _gpus(option),
+        f"{option.seller.usd_per_hour * option.nodes:.2f}",
+        _span(option.tokens_per_second, short),
+        f"{option.mfu.mid:.0%}",
+        _span(option.train_hours, lambda v: f"{v:.3g}"),
+        short(option.tokens.mid),
+        _usd(usd["prepare"]),
+        _usd(usd["store"] + usd["egress"]),
+        _usd(option.stages.training_usd),
+        _span(total, _usd),
+        _loss(option),
+    )
+
+
+def _usd(value: float) -> str:
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _span(interval: Interval, form: Any) -> str:
+    low, mid, high = (form(v) for v in dataclasses.astuple(interval))
+    return mid if low == high else f"{mid} ({low}-{high})"
+
+
+def _loss(option: Option) -> str:
+    if option.loss is None:
+        return "unknown"
+    return between(option.loss.interval, ".3f").replace(" to ", "-")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = 2  # names read from the left, numbers from the right
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------- the chosen one
+
+
+def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
+    """What would be run, on the machine at the head of the table."""
+    shape, work, job = option.work.shape, option.work, option.job
+    assert job is not None
+    assert option.step_seconds
+    assert option.peak_memory_gib
+    assert option.stages
+    recipe = work.recipe
+    again = ", activation checkpointing" if job.checkpointing else ""
+    phases = {k: v for k, v in option.stages.usd.items() if v >= 0.005}
+    rows = [
+        ("chosen", f"{_where(option)}, {_gpus(option)}: {option.seller.price}"),
+        (
+            "model",
+            f"{shape.family}, {shape.layers_run:g} x {shape.n_embd}, T={shape.sequence_len}, "
+            f"vocabulary {shape.vocab_size:,}: {shape.params:,} parameters "
+            f"({shape.params_matmul:,} multiply), {shape.flops_per_token / 1e9:,.3f} GFLOP/token",
+        ),
+        (
+            "data",
+            f"{data.source}, {data.tokenizer} tokens: {data.train_tokens:,}; "
+            f"{epochs(option.epochs)}",
+        ),
+        (
+            "step",
+            f"{recipe.batch_tokens:,} tokens = {job.accumulation} x {job.micro_batch} sequences x "
+            f"{plural(job.replicas, 'GPU')}; {job.precision}, {job.parallel}{again}; "
+            f"{option.step_seconds.mid * 1e3:,.4g} ms",
+        ),
+        (
+            "speed",
+            f"MFU {option.mfu.mid:.0%} of {option.peak_tflops:,.0f} TFLOPS ({option.peak_source})"
+            if option.mfu
+            else "",
+        ),
+        ("rates", _rates(work.train.optimizer or "", recipe)),
+        (
+            "memory",
+            f"{between(option.peak_memory_gib, '.1f')} GiB of {option.gpu.memory_gib:.0f} a GPU; "
+            f"disk {option.disk_gb:,.1f} GB",
+        ),
+        ("dollars", ", ".join(f"{name} {_usd(v)}" for name, v in phases.items())),
+        ("val loss", _loss_line(option)),
+    ]
+    return "\n".join(f"{name:9s} {value}" for name, value in rows if value)
+
+
+def epochs(count: float) -> str:
+    return f"{count:.1f} epochs" if count >= 1 else f"{count:.1%} of it"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _rates(optimizer: str, recipe: Any) -> str:
+    adam = f", {recipe.embedding_rate:.3g} for embeddings" if optimizer == "muon" else ""
+    return (
+        f"{optimizer}, learning rate {recipe.learning_rate:.3g}{adam}, "
+        f"weight decay {recipe.weight_decay:.3g}"
+    )
+
+
+def _loss_line(option: Option) -> str:
+    if option.loss is None:
+        return option.loss_why
+    return f"{between(option.loss.interval, '.3f')} {option.loss.metric}; {option.loss.why}"
+
+
+def warnings_text(warnings: Sequence[Warning]) -> str:
+    return "\n".join(f"warning   {w.message} [{w.code}]" for w in warnings)
+
+
+# ---------------------------------------------------------------- the document
+
+
+def document(option: Option) -> dict[str, Any]:
+    """One option of `tuppence plan --json`: plain numbers are middles."""
+    offer, job = option.seller.offer, option.job
+    names = ("tokens_per_second", "mfu", "tokens", "usd", "train_hours", "peak_memory_gib")
+    spans = {name: getattr(option, name) for name in (*names, "step_seconds")}
+    usd = {} if option.stages is None else dict(option.stages.usd)
+    return {
+        "cloud": offer.cloud,
+        "instance_type": offer.instance_type,
+        "region": offer.region,
+        "gpu": option.gpu.name,
+        "gpu_count": offer.gpu_count,
+        "nodes": option.nodes,
+        "spot": option.seller.spot,
+        "usd_per_hour": option.seller.usd_per_hour,
+        "price": {"terms": option.seller.price, "date": offer.date, "source": offer.source},
+        "fits": option.fits,
+        "why_not": option.why_not,
+        "depth": option.work.depth,
+        "params": option.work.shape.params,
+        "flops_per_token": option.work.shape.flops_per_token,
+        "precision": job.precision if job else None,
+        "parallel": job.parallel if job else None,
+        "activation_checkpointing": job.checkpointing if job else None,
+        "micro_batch": job.micro_batch if job else None,
+        "accumulation": job.accumulation if job else None,
+        "batch_tokens": option.work.recipe.batch_tokens,
+        "learning_rate": option.work.recipe.learning_rate,
+        "weight_decay": option.work.recipe.weight_decay,
+        "peak_memory_gib": _mid(option.peak_memory_gib),
+        "tokens_per_second": _mid(option.tokens_per_second),
+        "step_seconds": _mid(option.step_seconds),
+        "mfu": _mid(option.mfu),
+        "mfu_peak": {"tflops": option.peak_tflops, "source": option.peak_source},
+        "train_hours": _mid(option.train_hours),
+        "tokens": _mid(option.tokens),
+        "epochs": option.epochs,
+        "disk_gb": option.disk_gb,
+        "usd": {**usd, "total": sum(usd.values())} if usd else None,
+        "loss": dataclasses.asdict(option.loss.interval) if option.loss else None,
+        "loss_metric": option.loss.metric if option.loss else None,
+        "loss_source": option.loss.why if option.loss else option.loss_why,
+        "intervals": {k: [v.low, v.high] for k, v in spans.items() if v is not None},
+        "notes": list(option.stages.notes) if option.stages else [],
+    }
+
+
+def _mid(interval: Interval | None) -> float | None:
+    return None if interval is None else interval.mid
+
+
+# ---------------------------------------------------------------- two runs, side by side
+
+
+def side_by_side(names: Sequence[str], chosen: Sequence[Option]) -> str:
+    """The best machine of each run, quantity by quantity."""
+
+    def line(name: str, tell: Any) -> tuple[str, ...]:
+        return (name, *(tell(o) for o in chosen))
+
+    rows = [
+        ("", *names),
+        line("machine", _where),
+        line("GPUs", _gpus),
+        line("parameters", lambda o: short(o.work.shape.params)),
+        line("GFLOP/token", lambda o: f"{o.work.shape.flops_per_token / 1e9:.3g}"),
+        line("tokens", lambda o: short(o.tokens.mid)),
+        line("tokens/s", lambda o: _span(o.tokens_per_second, short)),
+        line("hours", lambda o: _span(o.train_hours, lambda v: f"{v:.3g}")),
+        line("peak GiB", lambda o: f"{o.peak_memory_gib.mid:.1f}"),
+        line("dollars", lambda o: _span(o.usd, _usd)),
+        line("val loss", lambda o: f"{_loss(o)} {o.loss.metric if o.loss else ''}".strip()),
+    ]
+    return "\n".join(_aligned(rows))
+
+
+# ---------------------------------------------------------------- a guide's claims
+
+
+def guide_text(guide: Guide) -> str:
+    """What the guide said, what its own premises give, and what arithmetic says, with why."""
+    rows: list[tuple[str, ...]] = [("claim", "", "said", "its premises", "arithmetic", "warning")]
+    rows += [
+        (
+            c.what,
+            c.unit,
+            _figure(c.said),
+            _figure(c.as_published),
+            _figure(c.arithmetic),
+            c.code or "",
+        )
+        for c in guide.claims
+    ]
+    table = _aligned(rows)
+    why = [f"  {c.what}: {c.why}" for c in guide.claims]
+    return "\n".join([guide.title, *table, "why:", *why])
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if 100 <= abs(value) < 10_000 else f"{value:,.5g}"
+
+
+# ---------------------------------------------------------------- the price book
+
+
+def book_text(book: Book) -> str:
+    """Every machine with its prices, then the doubts by code."""
+    rows: list[tuple[str, ...]] = [("machine", "GPUs", "$/h", "spot", "region", "of", "source")]
+    for offer in book.offers:
+        gpus = f"{offer.gpu_count} {offer.gpu or offer.accelerator}" if offer.gpu_count else "-"
+        price, spot = (_price(p) for p in (offer.usd_per_hour, offer.spot_usd_per_hour))
+        name = f"{offer.cloud} {offer.instance_type}"
+        rows.append((name, gpus, price, spot, offer.region, offer.date, offer.source[:60]))
+    doubts: dict[str, list[str]] = {}
+    for problem in book.problems:
+        doubts.setdefault(problem.code, []).append(f"{problem.row} {problem.message}")
+    lines = [f"{len(said)} {code}; for example {said[0]}" for code, said in doubts.items()]
+    return "\n".join([*_aligned(rows), "", "doubts:", *lines])
+
+
+def _price(usd: float | None) -> str:
+    return "-" if usd is None else f"{usd:.2f}"
+
+
+# ---------------------------------------------------------------- dollars against loss
+
+
+def plot(curves: Sequence[tuple[str, Sequence[Option]]], *, name: str) -> str:
+    """An SVG of dollars against predicted loss, a curve for each machine.
+
+    Where no loss is known the curves are the tokens that the dollars buy.
+    """
+    known = all(o.loss is not None for _, points in curves for o in points)
+    drawn = []
+    for label, points in curves:
+        line = []
+        for option in points:
+            assert option.usd is not None
+            assert option.tokens is not None
+            told = option.loss.interval if known and option.loss else option.tokens
+            scale = 1.0 if known else 1e-9
+            line.append((option.usd.mid, *(scale * v for v in dataclasses.astuple(told))))
+        drawn.append(Curve(label, tuple(line)))
+    metric = next((o.loss.metric for _, ps in curves for o in ps if o.loss), "")
+    y_label = f"predicted val loss, {metric}" if known else "training tokens, billions"
+    return curves_plot(
+        drawn, title=f"{name}: what dollars buy", x_label="dollars, all phases", y_label=y_label
+    )
+
+
+def log_steps(middle: float, *, factor: float = 4.0, count: int = 9) -> list[float]:
+    """`count` values from middle / factor to middle x factor, evenly in the logarithm."""
+    return [middle * math.exp(math.log(factor) * (2 * i / (count - 1) - 1)) for i in range(count)]

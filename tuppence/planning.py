@@ -1,0 +1,288 @@
+"""The plan of a run, on this machine and on every machine in the price book.
+
+    words ──asked──▶ Run ──surveyed──▶ corpus ──┬─ solve ────▶ this machine, as `run` would train
+                                                └─ options ──▶ the price book, cheapest first
+
+What this version cannot train here it can still plan.
+"""
+
+import dataclasses
+import datetime
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tuppence import config, host, recipes
+from tuppence.config import DataPlan, Plan, Run, Warning
+from tuppence.errors import DoesNotFit, UserError
+from tuppence.pipeline import named, solved, surveyed, threads_of
+from tuppence.plan import shapes
+from tuppence.plan.asked import check_budget, check_trainable, check_values
+from tuppence.plan.cost import Shape
+from tuppence.plan.describe import in_a_line, local_option, plan_text
+from tuppence.plan.flags import flags
+from tuppence.plan.loss import effective_tokens
+from tuppence.plan.options import Option, Standing, options, ranked
+from tuppence.plan.prices import LOCAL, Book, price_book
+from tuppence.plan.table import (
+    ROWS,
+    chosen_text,
+    document,
+    log_steps,
+    options_text,
+    plot,
+    side_by_side,
+    warnings_text,
+)
+
+QUICK_SECONDS = 2.0  # of a step that a plan may measure by itself
+LONG_HOURS = 72.0  # a run that takes longer here is shown in a line
+CURVES = 5  # machines of a plot
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run, planned. `here` is this machine's plan, or `not_here` says why there is none."""
+
+    run: Run
+    data: DataPlan
+    book: Book
+    here: Plan | None
+    not_here: str | None
+    options: list[Option]
+
+    @property
+    def chosen(self) -> Option | None:
+        """The best machine of the book that fits."""
+        return self.options[0] if self.options and self.options[0].fits else None
+
+    @property
+    def chosen_shape(self) -> Shape:
+        assert self.chosen is not None
+        return self.chosen.work.shape
+
+    @cached_property
+    def documents(self) -> list[dict[str, Any]]:
+        """This machine and the book's as `--json` options, the best first."""
+        every = [document(option) for option in self.options]
+        every += [] if self.here is None else [local_option(self.here)]
+        standings = [_standing(each, self.data) for each in every]
+        return [every[i] for i in ranked(standings, self.run.budget)]
+
+    @property
+    def best_is_here(self) -> bool:
+        return self.here is not None and self.documents[0]["cloud"] == LOCAL
+
+    @property
+    def warnings(self) -> list[Warning]:
+        """Of the best choice."""
+        if self.here is not None and self.best_is_here:
+            return list(self.here.warnings)
+        assert self.chosen is not None
+        year = datetime.date.today().year
+        found = flags(self.run, self.data, self.chosen, year=year)
+        if self.not_here is not None and _not_trainable(self.run):
+            found.append(Warning("plan_only", self.not_here))
+        return found
+
+
+def planned(args: Namespace) -> list[Planned]:
+    """A plan for each recipe among the words; the overrides go for all of them."""
+    specs = [word for word in args.words if "=" not in word]
+    overrides = [word for word in args.words if "=" in word]
+    book = price_book(Path(args.prices) if args.prices else None)
+    return [_planned(spec, overrides, book) for spec in specs or [_default(overrides)]]
+
+
+def _default(overrides: list[str]) -> str:
+    """Without a recipe: the shipped default, or `auto` where a corpus is known by its name."""
+    from tuppence.data.corpora import CORPORA
+
+    sources = [word.partition("=")[2] for word in overrides if word.startswith("data.source=")]
+    return "auto" if sources and sources[-1] in CORPORA else recipes.DEFAULT
+
+
+def _planned(spec: str, overrides: list[str], book: Book) -> Planned:
+    run = named(config.override(recipes.get(spec), overrides), spec)
+    check_values(run)
+    check_budget(run.budget)
+    run = _with_tokenizer(run)
+    data = surveyed(run)
+    here, refusal = _on_this_machine(run, data)
+    found = [] if _only_here(run) else options(run, data, book)
+    if here is None and not any(option.fits for option in found):
+        own_fault = isinstance(refusal, DoesNotFit) or not found
+        raise refusal if refusal and own_fault else DoesNotFit(_nothing_fits(found))
+    return Planned(run, data, book, here, str(refusal) if refusal else None, found)
+
+
+def _with_tokenizer(run: Run) -> Run:
+    """The families' usual vocabularies: GPT-2's own, 32,768 learned tokens for the others."""
+    if run.data.tokenizer is not None:
+        return run
+    gpt2 = shapes.laid_out(run.model).family == "gpt2"
+    tokenizer = "gpt2" if gpt2 else "bpe:32768"
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
+
+
+def _only_here(run: Run) -> bool:
+    return run.machine.gpu == "cpu" or run.machine.gpu_count == 0
+
+
+def _elsewhere(run: Run) -> bool:
+    """Whether the words name a machine that is to be rented."""
+    machine = run.machine
+    rented = (machine.cloud, machine.instance_type, machine.spot or None, machine.mfu)
+    return any(value is not None for value in rented) or bool(machine.gpu and machine.gpu != "cpu")
+
+
+def _not_trainable(run: Run) -> bool:
+    try:
+        check_trainable(run)
+    except (UserError, DoesNotFit):
+        return True
+    return False
+
+
+def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit | UserError | None]:
+    """The plan that `run` would follow here; or why not, where that is no fault of the words."""
+    try:
+        check_trainable(run)
+    except (UserError, DoesNotFit) as error:
+        return None, error
+    if _elsewhere(run):
+        return None, None
+    if not shapes.is_sized(run.model):
+        return None, UserError("model.depth or model.n_layer is not set: training here needs it")
+    host.settle_threads(threads_of(run))
+    try:
+        return solved(run, data, quick=None if _only_here(run) else QUICK_SECONDS), None
+    except DoesNotFit as error:
+        return None, error
+
+
+def _nothing_fits(found: list[Option]) -> str:
+    """The smallest of the reasons, and how many machines there were."""
+    reasons = list(dict.fromkeys(option.why_not for option in found if option.why_not))
+    more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+    machines = "the machine does not fit" if len(found) == 1 else f"none of {len(found)} fits"
+    return f"{machines}: {reasons[0]}{more}; change machine.*, model.* or train.*"
+
+
+# ---------------------------------------------------------------- told
+
+
+def text(found: Planned, *, every: bool) -> str:
+    """The plan as a person reads it."""
+    parts = []
+    if found.here is not None:
+        long = found.chosen is not None and found.here.predicted.hours.mid > LONG_HOURS
+        parts.append(in_a_line(found.here) if long else plan_text(found.here))
+    if found.options:
+        rows = len(found.options) if every else ROWS
+        parts.append(options_text(found.options, rows=rows))
+    if found.chosen is not None and not found.best_is_here:
+        parts.append(chosen_text(found.run, found.data, found.chosen))
+        parts.append(warnings_text(found.warnings))
+    return "\n\n".join(part for part in parts if part)
+
+
+def as_document(found: Planned) -> dict[str, Any]:
+    """The `--json` document: options cheapest first, and which of them is chosen."""
+    model = found.here.model if found.here and found.best_is_here else found.chosen_shape
+    counts = {k: getattr(model, k) for k in ("params", "params_matmul", "flops_per_token")}
+    return {
+        "run": config.asked(found.run),
+        "model": counts,
+        "options": found.documents,
+        "chosen": 0,
+        "warnings": [dataclasses.asdict(w) for w in found.warnings],
+        "plan": dataclasses.asdict(found.here) if found.here is not None else None,
+        "not_here": found.not_here,
+        "price_problems": [p._asdict() for p in found.book.problems],
+    }
+
+
+def _standing(option: dict[str, Any], data: DataPlan) -> Standing:
+    worth = effective_tokens(option["tokens"] or 0.0, float(data.train_tokens))
+    return Standing(
+        fits=option["fits"],
+        usd=option["usd"]["total"] if option["usd"] else math.inf,
+        flops=worth * option["flops_per_token"],
+        loss=option["loss"]["mid"] if option["loss"] else None,
+    )
+
+
+def compared(found: list[Planned]) -> str:
+    """Two or more runs side by side, each on its cheapest machine; and whether losses compare."""
+    chosen = []
+    for each in found:
+        if each.chosen is None:
+            raise DoesNotFit(f"{each.run.name}: no rented machine fits; plan it alone to see why")
+        chosen.append(each.chosen)
+    names = [str(each.run.name) for each in found]
+    parts = [side_by_side(names, chosen)]
+    parts += [
+        f"warning   {names[0]} and {name}: {why} [losses_not_comparable]"
+        for name, why in zip(names[1:], _incomparable(found), strict=True)
+        if why
+    ]
+    return "\n".join(parts)
+
+
+def _incomparable(found: list[Planned]) -> list[str | None]:
+    from tuppence.plan import loss
+
+    def group(each: Planned) -> loss.Group | None:
+        return loss.find_group(
+            source=each.data.source,
+            tokenizer=each.data.tokenizer,
+            family=shapes.laid_out(each.run.model).family or "",
+            optimizer=each.run.train.optimizer or "adamw",
+        )
+
+    first = group(found[0])
+    out: list[str | None] = []
+    for each in found[1:]:
+        other = group(each)
+        if first is None or other is None:
+            out.append("not comparable: no loss is known for one of them")
+        else:
+            out.append(loss.comparable(first, other))
+    return out
+
+
+def drawn(found: Planned) -> str:
+    """Dollars against predicted loss for the cheapest machines, as an SVG."""
+    fitting = [option for option in found.options if option.fits]
+    if not fitting:
+        raise DoesNotFit("--plot: no rented machine fits, so there is nothing to draw")
+    assert fitting[0].usd is not None
+    seen: dict[str, Option] = {}
+    for option in fitting:  # the cheapest of each kind of machine
+        seen.setdefault(f"{option.seller.offer.gpu_count} x {option.gpu.name}", option)
+    curves = []
+    for label, option in list(seen.items())[:CURVES]:
+        points = [at for usd in log_steps(fitting[0].usd.mid) if (at := _at(found, option, usd))]
+        if len(points) > 1:
+            curves.append((label, points))
+    if not curves:
+        raise DoesNotFit("--plot: the budget is too near the cost of booting a machine to vary it")
+    return plot(curves, name=str(found.run.name))
+
+
+def _at(found: Planned, option: Option, usd: float) -> Option | None:
+    """The same machine with another budget."""
+    offer = option.seller.offer
+    machine = dataclasses.replace(
+        found.run.machine,
+        cloud=offer.cloud if found.run.machine.usd_per_hour is None else None,
+        instance_type=offer.instance_type if found.run.machine.usd_per_hour is None else None,
+        spot=option.seller.spot,
+    )
+    run = dataclasses.replace(found.run, budget=config.Budget(usd=usd), machine=machine)
+    same = [o for o in options(run, found.data, found.book) if o.fits]
+    return same[0] if same else None
