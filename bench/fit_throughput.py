@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from published_rows import PUBLISHED
-from published_throughput import quantile
+from scores import quantile
 from throughput_evidence import PRIORS, Sample, load
 
 from tuppence.plan.job import Job

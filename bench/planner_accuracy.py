@@ -17,6 +17,7 @@ from typing import Any
 import published_loss
 import published_memory
 import published_throughput
+from scores import HEADER, shown
 
 from tuppence import recipes
 from tuppence.pipeline import surveyed
@@ -54,21 +55,12 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         return
     for part in ("throughput", "memory", "loss"):
-        print(f"{part:30} rows skipped  median     p90  inside 80%")
+        print(f"{part:30}{HEADER}")
         for name, figures in [*found[part]["groups"].items(), ("all", found[part])]:
-            print(
-                f"  {name:28} {figures['rows']:4d} {figures['skipped'] or 0:7d} {_shown(figures)}"
-            )
+            print(f"  {name:28}{shown(figures)}")
     print(f"counts: {json.dumps(found['counts'])}")
     machines, seconds = price_book_seconds("llmc_gpt2_124m")
     print(f"the price book: {machines} machines planned in {seconds:.2f} s of CPU")
-
-
-def _shown(figures: dict[str, Any]) -> str:
-    if not figures["rows"]:
-        return "      -       -           -"
-    errors = (figures["median_error"], figures["p90_error"])
-    return " ".join(f"{100 * e:6.1f}%" for e in errors) + f"  {100 * figures['coverage']:9.0f}%"
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import csv
 import dataclasses
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 from loss_groups import GROUPS, Row, key_of, number, scaling_params, shape_of
+from scores import HEADER, Scored, by_group, shown
 
 from tuppence.config import Interval
 from tuppence.plan.loss import Group, groups, predict
@@ -29,25 +29,6 @@ UNCALIBRATED_SPREAD = (
 NANOCHAT_FLOPS = 7.1  # of a token and parameter at its best sizes: 6 and attention
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One row beside its prediction."""
-
-    name: str
-    group: str
-    actual: float
-    predicted: Interval
-    law: str
-
-    @property
-    def error(self) -> float:
-        return abs(self.predicted.mid / self.actual - 1)
-
-    @property
-    def covered(self) -> bool:
-        return self.predicted.low <= self.actual <= self.predicted.high
-
-
 def score(csv_path: Path, *, known: dict[str, Group] | None = None) -> dict[str, Any]:
     """{"rows", "skipped", "median_error", "p90_error", "coverage", "groups", "uncalibrated"}.
 
@@ -56,10 +37,10 @@ def score(csv_path: Path, *, known: dict[str, Group] | None = None) -> dict[str,
     laws = groups() if known is None else known
     with csv_path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    judged = [(row["group"], judge(row, laws)) for row in rows]
-    fitted = [(group, found) for group, found in judged if calibrated(group)]
-    others = [(group, found) for group, found in judged if not calibrated(group)]
-    return {**_report(fitted), "uncalibrated": _report(others)}
+    judged = [judge(row, laws) or Scored(row["id"], row["group"]) for row in rows]
+    fitted = [found for found in judged if calibrated(found.group)]
+    others = [found for found in judged if not calibrated(found.group)]
+    return {**by_group(fitted), "uncalibrated": by_group(others)}
 
 
 def calibrated(name: str) -> bool:
@@ -77,7 +58,7 @@ def judge(row: Row, laws: dict[str, Group]) -> Scored | None:
     found = _predicted(row, group)
     if found is None:
         return None
-    return Scored(row["id"], row["group"], actual, found, group.name)
+    return Scored(row["id"], row["group"], actual, found)
 
 
 def likest(row: Row, laws: dict[str, Group]) -> Group:
@@ -131,26 +112,6 @@ def _best_params(group: Group, flops: float) -> float:
     return min(sizes, key=lambda n: group.law.at(params=n, tokens=flops / each / n)[0])
 
 
-def _report(judged: list[tuple[str, Scored | None]]) -> dict[str, Any]:
-    names = sorted({group for group, _ in judged})
-    return {
-        **_figures([found for _, found in judged]),
-        "groups": {name: _figures([f for group, f in judged if group == name]) for name in names},
-    }
-
-
-def _figures(found: list[Scored | None]) -> dict[str, Any]:
-    rows = [f for f in found if f is not None]
-    errors = sorted(f.error for f in rows)
-    return {
-        "rows": len(rows),
-        "skipped": len(found) - len(rows),
-        "median_error": statistics.median(errors) if errors else None,
-        "p90_error": errors[math.ceil(0.9 * len(errors)) - 1] if errors else None,
-        "coverage": statistics.fmean(f.covered for f in rows) if rows else None,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path, nargs="?", default=PUBLISHED)
@@ -168,16 +129,9 @@ def main() -> None:
         print(json.dumps(document, indent=1))
         return
     for title, part in (("calibrated", document), ("uncalibrated", document["uncalibrated"])):
-        print(f"{title:28} rows skipped  median     p90  covered")
+        print(f"{title:28}{HEADER}")
         for name, figures in [*part["groups"].items(), ("all", part)]:
-            print(f"{name:28} {figures['rows']:4d} {figures['skipped']:7d} {_shown(figures)}")
-
-
-def _shown(figures: dict[str, Any]) -> str:
-    if not figures["rows"]:
-        return "      -       -        -"
-    errors = (figures["median_error"], figures["p90_error"])
-    return " ".join(f"{100 * e:6.2f}%" for e in errors) + f"  {100 * figures['coverage']:6.0f}%"
+            print(f"{name:28}{shown(figures)}")
 
 
 if __name__ == "__main__":

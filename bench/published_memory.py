@@ -11,16 +11,16 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from published_throughput import PUBLISHED, Row, number, read_job
+from published_rows import PUBLISHED, Row, number, read_job
+from scores import Scored, by_group
 
 from tuppence.plan.job import Job
 from tuppence.plan.memory import peak_memory_gib
+from tuppence.plan.throughput import framework_key
 
 FP8_HEAD = "modded-nanogpt fp8 head"
 
@@ -83,20 +83,14 @@ def _possible(job: Job) -> bool:
 
 def score(csv_path: Path | str) -> dict[str, Any]:
     """Errors and coverage over the rows that give a peak; groups are frameworks."""
-    errors: dict[str, list[tuple[float, bool]]] = {}
-    skipped = 0
-    for _, job, actual in jobs(csv_path):
+    scored = []
+    for row, job, actual in jobs(csv_path):
         if isinstance(job, str):
-            skipped += 1
+            scored.append(Scored(row["id"], framework_key(row.get("framework") or "unknown")))
             continue
-        peak = peak_memory_gib(job)
-        inside = peak.low <= actual <= peak.high
-        errors.setdefault(job.framework.removesuffix(" fp8 head"), []).append(
-            (abs(peak.mid / actual - 1), inside)
-        )
-    every = [e for group in errors.values() for e in group]
-    groups = {name: _summary(group) for name, group in sorted(errors.items())}
-    return {**_summary(every), "skipped": skipped, "groups": groups}
+        group = job.framework.removesuffix(" fp8 head")
+        scored.append(Scored(row["id"], group, actual, peak_memory_gib(job)))
+    return by_group(scored)
 
 
 def jobs(csv_path: Path | str) -> list[tuple[Row, Job | str, float]]:
@@ -104,24 +98,6 @@ def jobs(csv_path: Path | str) -> list[tuple[Row, Job | str, float]]:
     with Path(csv_path).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if (number(row, "peak_mem_gib") or 0) > 0]
     return [(row, read_memory_job(row), number(row, "peak_mem_gib") or 0) for row in rows]
-
-
-def _summary(errors: list[tuple[float, bool]]) -> dict[str, Any]:
-    if not errors:
-        return {"rows": 0, "median_error": None, "p90_error": None, "coverage": None}
-    sizes = sorted(error for error, _ in errors)
-    return {
-        "rows": len(errors),
-        "median_error": median(sizes),
-        "p90_error": _quantile(sizes, 0.9),
-        "coverage": sum(inside for _, inside in errors) / len(errors),
-    }
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return low + (high - low) * (place - math.floor(place))
 
 
 def main() -> None:

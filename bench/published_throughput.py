@@ -10,9 +10,8 @@ counted, only where it gives no shape or no result.
 import argparse
 import csv
 import json
-import math
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 from published_rows import (
     PUBLISHED,
@@ -22,31 +21,12 @@ from published_rows import (
     read_job,
     read_shape,
 )
+from scores import Scored, by_group
 
 from tuppence.config import Interval
 from tuppence.plan.cost import Shape
 from tuppence.plan.job import Job
 from tuppence.plan.throughput import framework_key, tokens_per_second
-
-__all__ = [
-    "PUBLISHED",
-    "Row",
-    "exact_counts",
-    "number",
-    "predict_row",
-    "quantile",
-    "read_job",
-    "score",
-]
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Linear interpolation between order statistics."""
-    ranked = sorted(values)
-    place = share * (len(ranked) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ranked) - 1)
-    return ranked[low] + (ranked[high] - ranked[low]) * (place - low)
 
 
 def results(csv_path: Path | str) -> list[Row]:
@@ -68,37 +48,19 @@ def predict_row(row: Row) -> tuple[Job, float, Interval] | str:
     return job, actual, Interval(low=said.low / n, mid=said.mid / n, high=said.high / n)
 
 
-def score(csv_path: Path | str = PUBLISHED) -> dict[str, object]:
+def score(csv_path: Path | str = PUBLISHED) -> dict[str, Any]:
     """Errors and coverage over a file's result rows, and the same by framework."""
-    rows = results(csv_path)
-    by_framework: dict[str, list[tuple[float, bool]]] = {}
-    skipped: dict[str, int] = {}
-    for row in rows:
-        name = framework_key(row.get("framework") or "unknown")
-        found = predict_row(row)
-        if isinstance(found, str):
-            skipped[name] = skipped.get(name, 0) + 1
-            continue
-        _, actual, said = found
-        inside = said.low <= actual <= said.high
-        by_framework.setdefault(name, []).append((abs(said.mid / actual - 1), inside))
-    everything = [pair for pairs in by_framework.values() for pair in pairs]
-    groups = {
-        name: _summary(by_framework.get(name, []), skipped.get(name, 0))
-        for name in sorted({*by_framework, *skipped})
-    }
-    return {**_summary(everything, sum(skipped.values())), "groups": groups}
+    return by_group(map(_scored, results(csv_path)))
 
 
-def _summary(pairs: list[tuple[float, bool]], skipped: int) -> dict[str, object]:
-    errors = [error for error, _ in pairs]
-    return {
-        "rows": len(pairs),
-        "skipped": skipped,
-        "median_error": median(errors) if errors else None,
-        "p90_error": quantile(errors, 0.9) if errors else None,
-        "coverage": sum(inside for _, inside in pairs) / len(pairs) if pairs else None,
-    }
+def _scored(row: Row) -> Scored:
+    name = row.get("id", "")
+    group = framework_key(row.get("framework") or "unknown")
+    found = predict_row(row)
+    if isinstance(found, str):
+        return Scored(name, group)
+    _, actual, said = found
+    return Scored(name, group, actual, said)
 
 
 def exact_counts(csv_path: Path | str = PUBLISHED) -> dict[str, object]:
