@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from tuppence import recipes
 from tuppence.config import Budget, DataPlan, Run, override
 from tuppence.errors import UserError
+from tuppence.plan import laws
 from tuppence.plan.flags import flags
 from tuppence.plan.market import sellers
-from tuppence.plan.options import DEPTHS, Option, Standing, options, ranked
+from tuppence.plan.options import Option, Standing, options, ranked
 from tuppence.plan.prices import Book, price_book
 from tuppence.plan.table import document, options_text, plot
+from tuppence.plan.work import DEPTHS
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,19 @@ def test_machine_keys_narrow_the_table(
         (["machine.instance_type=p5.48xlrge"], ["p5.48xlrge", "p5.48xlarge"]),
         (["machine.gpu=H10000"], ["H10000", "H100"]),
         (["machine.gpu=T4", "machine.cloud=nebius"], ["machine.gpu=T4", "machine.cloud=nebius"]),
-        (["machine.usd_per_hour=3"], ["usd_per_hour=3", "machine.gpu"]),
+        (["machine.usd_per_hour=3", "machine.instance_type=mine"], ["=mine", "price book"]),
+        (["machine.cloud=foo", "machine.gpu=H100", "machine.usd_per_hour=3"], ["foo"]),
+        (["machine.gpu=H100", "machine.gpu_count=0"], ["gpu_count=0", "leave one out"]),
+        (
+            ["machine.gpu=H100", "machine.gpu_count=1", "train.parallel=fsdp"],
+            ["train.parallel=fsdp", "on 1 GPU it is none"],
+        ),
+        (["model.vocab_size=100"], ["model.vocab_size=100", "50257"]),
+        (["train.learning_rate=-1"], ["learning_rate=-1"]),
+        (["train.warmup=7"], ["warmup=7"]),
+        (["train.batch_tokens=0"], ["batch_tokens=0", "nearest is 1024"]),
+        (["budget.steps=1e300"], ["at most"]),
+        (["model.window_pattern=SL"], ["window_pattern=SL", "gpt2 has no such part", "depth"]),
         (["machine.mfu=40"], ["machine.mfu=40", "at most 1"]),
         (["train.batch_tokens=500000"], ["500000", "sequence_len=1024", "499712"]),
         (
@@ -177,11 +192,33 @@ def test_own_price_assumed_price_and_a_machine_that_is_not_in_the_book(book: Boo
     assert not mine.seller.assumed
     assert mine.stages is not None
     assert mine.stages.seconds["provision"] > 0
+    (local,) = options(
+        asked("llmc_gpt2_124m", *words, "machine.usd_per_hour=32", "machine.cloud=local"),
+        corpus(),
+        book,
+    )
+    assert local.stages is not None
+    assert local.stages.seconds["provision"] == local.stages.usd["store"] == 0
     (assumed,) = options(asked("llmc_gpt2_124m", *words), corpus(), book)
     assert assumed.seller.assumed
-    assert assumed.seller.usd_per_hour == 0.40
+    assert assumed.seller.usd_per_hour == 8 * 2.79  # eight times the cheapest of that card
+    (nobody,) = options(asked("llmc_gpt2_124m", "machine.gpu=MI300X"), corpus(), book)
+    assert nobody.seller.usd_per_hour == 0.40
     codes = [w.code for w in flags(asked("llmc_gpt2_124m"), corpus(), assumed, year=2026)]
     assert "assumed_price" in codes
+
+
+def test_a_machine_that_is_free_is_planned(tmp_path: Path) -> None:
+    own = tmp_path / "mine.csv"
+    own.write_text(
+        "cloud,instance_type,accelerator,accelerator_count,price_usd_h\nlab,dgx,A100-80GB,8,0\n",
+        encoding="utf-8",
+    )
+    words = ["machine.instance_type=dgx", "budget.hours=2"]
+    (free,) = options(asked("llmc_gpt2_124m", *words), corpus(), price_book(own))
+    assert free.train_hours is not None
+    assert 1.8 < free.train_hours.mid <= 2
+    assert told(free)["train"] < 0.01
 
 
 # ---------------------------------------------------------------- fits, layouts, speeds
@@ -269,6 +306,54 @@ def test_more_dollars_train_a_larger_model_to_a_lower_loss(book: Book) -> None:
     assert batches == sorted(batches)
 
 
+def test_fixed_tokens_are_the_same_work_on_every_machine(book: Book) -> None:
+    run = asked("auto", "budget.tokens=2e9")
+    found = options(run, corpus("fineweb_edu", "bpe:32768"), book)
+    depths = {o.work.depth for o in found}
+    assert len(depths) == 1
+    ratio = 2e9 / found[0].work.shape.params_matmul
+    assert 10.5 / 1.5 < ratio < 10.5 * 1.5
+
+
+def test_a_law_of_one_size_does_not_choose_sizes(book: Book) -> None:
+    words = ["data.source=fineweb", "data.tokenizer=gpt2", "machine.instance_type=p5.48xlarge"]
+    run = asked("auto", *words, "machine.spot=off")
+    (found,) = options(run, corpus(), book)
+    assert found.loss is not None
+    assert found.tokens is not None
+    ratio = found.tokens.mid / found.work.shape.params_matmul
+    assert 10.5 / 1.4 < ratio < 10.5 * 1.4
+
+
+def test_the_laws_are_read_at_the_tokens_that_will_be_seen(book: Book) -> None:
+    words = ["model.depth=12", "machine.instance_type=p5.48xlarge", "machine.spot=off"]
+    data = corpus("fineweb_edu", "bpe:32768")
+    (many,) = options(asked("auto", *words, "budget.tokens=1e11"), data, book)
+    assert many.work.recipe == laws.recipe(many.work.shape, "muon", 1e11)
+    (few,) = options(asked("auto", *words, "budget.usd=8"), data, book)
+    assert few.tokens is not None
+    assert few.work.recipe.batch_tokens <= few.tokens.mid / 50
+
+
+def test_repeats_do_not_make_a_small_corpus_large(book: Book) -> None:
+    run = asked("auto", "budget.usd=100", "machine.instance_type=p5.48xlarge", "machine.spot=off")
+    (small,) = options(run, corpus("mine", "bpe:32768", tokens=3e8), book)
+    (large,) = options(run, corpus("mine", "bpe:32768"), book)
+    assert small.work.shape.params < large.work.shape.params
+
+
+def test_a_corpus_must_fill_a_batch(book: Book) -> None:
+    with pytest.raises(UserError, match="less than one batch"):
+        options(asked("llmc_gpt2_124m"), corpus(tokens=2000), book)
+
+
+def test_a_short_run_is_not_promised_a_loss_worse_than_guessing(book: Book) -> None:
+    words = ["train.batch_tokens=1024", "budget.steps=2", "machine.gpu=H100", "machine.gpu_count=1"]
+    for option in options(asked("llmc_gpt2_124m", *words), corpus(), book):
+        assert option.loss is None
+        assert "too short" in option.loss_why
+
+
 def test_without_a_known_loss_the_size_is_compute_optimal(book: Book) -> None:
     run = asked("auto", "budget.usd=200", "machine.instance_type=p5.48xlarge", "machine.spot=off")
     (found,) = options(run, corpus("mine", "bpe:32768"), book)
@@ -287,6 +372,10 @@ def test_ranks() -> None:
     fixed, dollars = Budget(tokens=1), Budget(usd=2.0)
     assert ranked([never, dear, cheap], fixed) == [2, 1, 0]
     assert ranked([never, cheap, dear], dollars) == [2, 1, 0]  # the lower loss
+    hours = Budget(hours=1.0)
+    assert ranked([never, cheap, dear], hours) == [2, 1, 0]  # fewer dollars for the work
+    tied = dataclasses.replace(cheap, usd=0.5)
+    assert ranked([cheap, tied], dollars) == [1, 0]  # the same loss for less
     unknown = dataclasses.replace(cheap, loss=None)
     assert ranked([unknown, dear], dollars) == [1, 0]  # what is promised before what is not
     more = dataclasses.replace(unknown, flops=9.0)
@@ -323,6 +412,8 @@ def test_each_warning_of_a_plan() -> None:
     assert "stale_price" in later
     full = flagged("llmc_gpt2_124m", *a100, "machine.disk_gb=10", data=web)
     assert "machine.disk_gb=10" in full["checkpoint_vs_disk"]
+    hasty = flagged("llmc_gpt2_124m", *a100, "budget.steps=20", data=web)
+    assert "20 optimizer steps" in hasty["few_steps"]
     looped = flagged("looped_546m", *a100, data=corpus("fineweb_edu", "bpe:32768"))
     assert "mean 4.5" in looped["loops_vary"]
     assert "refit after" in looped["loss_unknown"]

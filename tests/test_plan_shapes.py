@@ -72,7 +72,12 @@ def test_windows_shorten_attention_alone() -> None:
         (Model(family="gpt3", n_layer=1), ["gpt3", "gpt2, depth, looped"]),
         (Model(depth=0), ["model.depth=0", "at least 1"]),
         (Model(family="looped", depth=4), ["model.depth=4", "model.n_embd"]),
-        (Model(depth=4, n_prelude=2), ["model.n_prelude", "model.family=looped"]),
+        (Model(depth=4, n_prelude=2), ["model.n_prelude=2", "it is of looped"]),
+        (Model(depth=4, bias=True), ["model.bias=True", "it is of gpt2"]),
+        (
+            Model(family="gpt2", n_layer=2, window_pattern="L"),
+            ["window_pattern=L", "it is of depth"],
+        ),
         (Model(family="gpt2", n_layer=2), ["model.n_embd is not set"]),
         (
             Model(family="gpt2", n_layer=2, n_embd=64, n_head=5),

@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from price_rows import find
 
 from tuppence.errors import UserError
 from tuppence.plan import stages as module
@@ -68,7 +69,7 @@ def test_the_arithmetic_of_the_first_guide() -> None:
     assert machine_usd(12 * HOUR, usd_per_hour=0.34) == pytest.approx(4.08)
     assert storage_usd(100, months=1, usd_per_gb_month=0.10) == pytest.approx(10)
     assert machine_usd(96 * HOUR, usd_per_hour=33.05) == pytest.approx(3172.80)
-    a100s = at_own_price(price_book().find("p4d.24xlarge"), 33.05)
+    a100s = at_own_price(find(price_book(), "p4d.24xlarge"), 33.05)
     of_guide = bill(a100s, train_seconds=96 * HOUR)
     assert of_guide.usd["train"] == pytest.approx(3172.80)
 
@@ -153,13 +154,6 @@ def test_preparing_on_the_gpu_machine_is_dearer_and_said() -> None:
     assert lonely.usd["prepare"] > bill(offer(), cpu()).usd["prepare"]
 
 
-def test_prepared_data_is_kept_and_fetched_but_not_prepared() -> None:
-    ready, raw = bill(offer(), cpu(), prepared=True), bill(offer(), cpu())
-    assert (ready.usd["prepare"], ready.seconds["prepare"]) == (0, 0)
-    assert ready.usd["store"] == raw.usd["store"]
-    assert ready.seconds["data_wait"] == raw.seconds["data_wait"]
-
-
 def test_ones_own_machine_has_no_boot_no_storage_and_no_egress() -> None:
     mine = bill(own_machine(0.40, vcpus=2))
     for phase in ("provision", "install", "data_wait", "idle", "store", "egress"):
@@ -191,7 +185,7 @@ def test_shards_and_preparation() -> None:
 
 def test_no_price_is_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"p5e\.48xlarge has no on-demand price.*usd_per_hour"):
-        bill(price_book().find("p5e.48xlarge"))
+        bill(find(price_book(), "p5e.48xlarge"))
     with pytest.raises(UserError, match="save every 0 s"):
         bill(offer(), save_every_seconds=0.0)
 

@@ -124,15 +124,17 @@ def test_dollars_and_a_corpus_are_enough(plan: Command) -> None:
     assert answer.code == 0, answer.err
     document = answer.document
     assert document["run"]["recipe"] == "auto"
-    chosen = document["options"][0]
+    chosen = document["options"][document["chosen"]]
     assert chosen["depth"] > 8
     assert chosen["loss_metric"] == "bits/byte"
     assert chosen["batch_tokens"] % (chosen["gpu_count"] * 2048) == 0
     assert {"learning_rate", "precision", "parallel", "micro_batch"} <= chosen.keys()
     fits = [option["fits"] for option in document["options"]]
     assert fits == sorted(fits, reverse=True)
+    dollars = [option["usd"]["total"] for option in document["options"] if option["fits"]]
+    assert dollars == sorted(dollars)
     losses = [option["loss"]["mid"] for option in document["options"] if option["fits"]]
-    assert losses == sorted(losses)
+    assert round(chosen["loss"]["mid"], 4) == round(min(losses), 4)
 
 
 def test_the_default_stays_on_this_machine(plan: Command) -> None:
@@ -173,8 +175,50 @@ def test_two_runs_side_by_side(plan: Command) -> None:
     assert "[losses_not_comparable]" in answer.out
     same = plan("llmc_gpt2_124m", "llmc_gpt2_124m")
     assert "not comparable" not in same.out
-    both = plan("nanogpt_4b_tokens", "llmc_gpt2_124m", "--json").document["compared"]
-    assert [each["run"]["recipe"] for each in both] == ["nanogpt_4b_tokens", "llmc_gpt2_124m"]
+    document = plan("nanogpt_4b_tokens", "llmc_gpt2_124m", "--json").document
+    both = [each["run"]["recipe"] for each in document["compared"]]
+    assert both == ["nanogpt_4b_tokens", "llmc_gpt2_124m"]
+    assert [w["code"] for w in document["warnings"]] == ["losses_not_comparable"]
+    here = plan("shakespeare", "quickstart", "machine.gpu=cpu")  # each on this machine
+    assert here.code == 0
+    assert "local Test CPU" not in here.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nanogpt_4b_tokens", "budget.usd=5", "--as-published"], "nothing more"),
+        (["shakespeare", "quickstart", "--plot", "x.svg"], "one run"),
+        (["llmc_gpt2_124m", "--plot", "nowhere/x.svg"], "nowhere/x.svg"),
+        (["llmc_gpt2_124m", "--plot", "."], "--plot ."),
+        (["auto", "data.source=finewebedu"], "fineweb_edu"),
+        (["auto", "model.family=looped", "data.source=fineweb_edu"], "model.n_embd is not set"),
+        (["llmc_gpt2_124m", "train.schedule=foo", "machine.gpu=H100"], "train.schedule=foo"),
+    ],
+)
+def test_words_that_cannot_be_followed_are_not_ignored(
+    plan: Command, words: list[str], says: str
+) -> None:
+    answer = plan(*words)
+    assert answer.code == 2, answer.err
+    assert says in answer.err
+
+
+def test_a_price_alone_is_that_of_this_machine(plan: Command) -> None:
+    document = plan("machine.usd_per_hour=0.5", "--json").document
+    (here,) = [option for option in document["options"] if option["cloud"] == "local"]
+    assert here["usd_per_hour"] == 0.5
+    assert len(document["options"]) > 80  # the book keeps its own
+
+
+def test_every_option_has_the_same_keys(plan: Command) -> None:
+    options = plan("llmc_gpt2_124m", "--json").document["options"]
+    keys = {frozenset(option) for option in options}
+    assert len(keys) == 1
+    spans = {frozenset(option["intervals"]) for option in options if option["fits"]}
+    assert len(spans) == 1
+    phases = {frozenset(option["usd"]) for option in options if option["fits"]}
+    assert all({"prepare", "store", "train", "evaluate", "total"} <= each for each in phases)
 
 
 def test_a_plot_of_dollars_against_loss(plan: Command, tmp_path: Path) -> None:

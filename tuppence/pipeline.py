@@ -54,10 +54,20 @@ def asked(args: Namespace) -> Run:
     words = list(args.words)
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
     run = named(config.override(recipes.get(spec), words), spec)
+    refuse_unprepared(run.data.source or "")
     check_values(run)
     check_trainable(run)
     check_budget(run.budget)
     return run
+
+
+def refuse_unprepared(source: str) -> None:
+    """A corpus that only plans know is refused before anything is measured."""
+    from tuppence.data.corpora import CORPORA
+    from tuppence.data.sources import find_files
+
+    if source in CORPORA:
+        find_files(source)
 
 
 def named(run: Run, spec: str) -> Run:

@@ -25,7 +25,8 @@ from tuppence.plan.cost import Shape
 from tuppence.plan.describe import in_a_line, local_option, plan_text
 from tuppence.plan.flags import flags
 from tuppence.plan.loss import effective_tokens
-from tuppence.plan.options import Option, Standing, options, ranked
+from tuppence.plan.market import Seller
+from tuppence.plan.options import Option, Standing, option_of, options, ranked
 from tuppence.plan.prices import LOCAL, Book, price_book
 from tuppence.plan.table import (
     ROWS,
@@ -76,7 +77,7 @@ class Planned:
     def best_is_here(self) -> bool:
         return self.here is not None and self.documents[0]["cloud"] == LOCAL
 
-    @property
+    @cached_property
     def warnings(self) -> list[Warning]:
         """Of the best choice."""
         if self.here is not None and self.best_is_here:
@@ -84,9 +85,8 @@ class Planned:
         assert self.chosen is not None
         year = datetime.date.today().year
         found = flags(self.run, self.data, self.chosen, year=year)
-        if self.not_here is not None and _not_trainable(self.run):
-            found.append(Warning("plan_only", self.not_here))
-        return found
+        why = self.not_here or "this version rents no machines; it trains on the one it runs on"
+        return [*found, Warning("plan_only", why)]
 
 
 def planned(args: Namespace) -> list[Planned]:
@@ -139,14 +139,6 @@ def _elsewhere(run: Run) -> bool:
     return any(value is not None for value in rented) or bool(machine.gpu and machine.gpu != "cpu")
 
 
-def _not_trainable(run: Run) -> bool:
-    try:
-        check_trainable(run)
-    except (UserError, DoesNotFit):
-        return True
-    return False
-
-
 def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit | UserError | None]:
     """The plan that `run` would follow here; or why not, where that is no fault of the words."""
     try:
@@ -156,7 +148,7 @@ def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit 
     if _elsewhere(run):
         return None, None
     if not shapes.is_sized(run.model):
-        return None, UserError("model.depth or model.n_layer is not set: training here needs it")
+        return None, UserError("the size is left to the budget: this version trains a fixed one")
     host.settle_threads(threads_of(run))
     try:
         return solved(run, data, quick=None if _only_here(run) else QUICK_SECONDS), None
@@ -165,11 +157,12 @@ def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit 
 
 
 def _nothing_fits(found: list[Option]) -> str:
-    """The smallest of the reasons, and how many machines there were."""
-    reasons = list(dict.fromkeys(option.why_not for option in found if option.why_not))
-    more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+    """The first kind of reason, and how many kinds there are."""
+    reasons = [option.why_not for option in found if option.why_not]
+    kinds = {reason.partition(": ")[0] for reason in reasons}
+    more = f" (and {len(kinds) - 1} more reasons)" if len(kinds) > 1 else ""
     machines = "the machine does not fit" if len(found) == 1 else f"none of {len(found)} fits"
-    return f"{machines}: {reasons[0]}{more}; change machine.*, model.* or train.*"
+    return f"{machines}: {reasons[0]}{more}; change the budget, machine.*, model.* or train.*"
 
 
 # ---------------------------------------------------------------- told
@@ -194,16 +187,21 @@ def as_document(found: Planned) -> dict[str, Any]:
     """The `--json` document: options cheapest first, and which of them is chosen."""
     model = found.here.model if found.here and found.best_is_here else found.chosen_shape
     counts = {k: getattr(model, k) for k in ("params", "params_matmul", "flops_per_token")}
+    by_dollars = sorted(found.documents, key=_dollars)
     return {
         "run": config.asked(found.run),
         "model": counts,
-        "options": found.documents,
-        "chosen": 0,
+        "options": by_dollars,
+        "chosen": by_dollars.index(found.documents[0]),
         "warnings": [dataclasses.asdict(w) for w in found.warnings],
         "plan": dataclasses.asdict(found.here) if found.here is not None else None,
         "not_here": found.not_here,
         "price_problems": [p._asdict() for p in found.book.problems],
     }
+
+
+def _dollars(option: dict[str, Any]) -> tuple[bool, float]:
+    return not option["fits"], option["usd"]["total"] if option["fits"] else 0.0
 
 
 def _standing(option: dict[str, Any], data: DataPlan) -> Standing:
@@ -217,20 +215,23 @@ def _standing(option: dict[str, Any], data: DataPlan) -> Standing:
 
 
 def compared(found: list[Planned]) -> str:
-    """Two or more runs side by side, each on its cheapest machine; and whether losses compare."""
-    chosen = []
-    for each in found:
-        if each.chosen is None:
-            raise DoesNotFit(f"{each.run.name}: no rented machine fits; plan it alone to see why")
-        chosen.append(each.chosen)
+    """Two or more runs side by side, each on its best machine; and whether losses compare."""
     names = [str(each.run.name) for each in found]
-    parts = [side_by_side(names, chosen)]
-    parts += [
-        f"warning   {names[0]} and {name}: {why} [losses_not_comparable]"
+    parts = [side_by_side(names, [each.documents[0] for each in found])]
+    for name, each in zip(names, found, strict=True):
+        codes = ", ".join(warning.code for warning in each.warnings)
+        parts.append(f"{name} is warned of: {codes or 'nothing'}")
+    return "\n".join([*parts, warnings_text(incomparable(found))])
+
+
+def incomparable(found: list[Planned]) -> list[Warning]:
+    """Why the losses of the first run and the others cannot be compared."""
+    names = [str(each.run.name) for each in found]
+    return [
+        Warning("losses_not_comparable", f"{names[0]} and {name}: {why}")
         for name, why in zip(names[1:], _incomparable(found), strict=True)
         if why
     ]
-    return "\n".join(parts)
 
 
 def _incomparable(found: list[Planned]) -> list[str | None]:
@@ -256,33 +257,27 @@ def _incomparable(found: list[Planned]) -> list[str | None]:
 
 
 def drawn(found: Planned) -> str:
-    """Dollars against predicted loss for the cheapest machines, as an SVG."""
+    """Dollars against predicted loss for the best machines, as an SVG."""
     fitting = [option for option in found.options if option.fits]
     if not fitting:
         raise DoesNotFit("--plot: no rented machine fits, so there is nothing to draw")
-    assert fitting[0].usd is not None
     seen: dict[str, Option] = {}
-    for option in fitting:  # the cheapest of each kind of machine
+    for option in fitting:  # the best of each kind of machine
         seen.setdefault(f"{option.seller.offer.gpu_count} x {option.gpu.name}", option)
+    assert fitting[0].usd is not None
+    budgets = log_steps(fitting[0].usd.mid)
     curves = []
     for label, option in list(seen.items())[:CURVES]:
-        points = [at for usd in log_steps(fitting[0].usd.mid) if (at := _at(found, option, usd))]
-        if len(points) > 1:
-            curves.append((label, points))
+        points = [_at(found, option.seller, usd) for usd in budgets]
+        line = [point for point in points if point.fits]
+        if len(line) > 1:
+            curves.append((label, line))
     if not curves:
         raise DoesNotFit("--plot: the budget is too near the cost of booting a machine to vary it")
     return plot(curves, name=str(found.run.name))
 
 
-def _at(found: Planned, option: Option, usd: float) -> Option | None:
+def _at(found: Planned, seller: Seller, usd: float) -> Option:
     """The same machine with another budget."""
-    offer = option.seller.offer
-    machine = dataclasses.replace(
-        found.run.machine,
-        cloud=offer.cloud if found.run.machine.usd_per_hour is None else None,
-        instance_type=offer.instance_type if found.run.machine.usd_per_hour is None else None,
-        spot=option.seller.spot,
-    )
-    run = dataclasses.replace(found.run, budget=config.Budget(usd=usd), machine=machine)
-    same = [o for o in options(run, found.data, found.book) if o.fits]
-    return same[0] if same else None
+    run = dataclasses.replace(found.run, budget=config.Budget(usd=usd))
+    return option_of(run, found.data, found.book, seller)

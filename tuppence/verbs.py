@@ -25,32 +25,46 @@ def plan(args: Namespace) -> Document:
     """The plan of a run, before anything is spent: here, and on every machine in the price book."""
     if args.as_published:
         return _as_published(args)
+    target = _writable(args.plot)
     found = planning.planned(args)
     for each in found:
         refuse_warnings(each.warnings, args)
     if len(found) > 1:
-        table = planning.compared(found)
+        if target is not None:
+            raise UserError(f"--plot {target}: a picture is of one run; name one recipe")
         if not args.json:
-            print(table)
-        return {"compared": [planning.as_document(each) for each in found]}
-    if args.plot:
-        Path(args.plot).write_text(planning.drawn(found[0]), encoding="utf-8")
-        say(f"--plot: {args.plot}")
+            print(planning.compared(found))
+        return {
+            "compared": [planning.as_document(each) for each in found],
+            "warnings": [dataclasses.asdict(w) for w in planning.incomparable(found)],
+        }
+    if target is not None:
+        target.write_text(planning.drawn(found[0]), encoding="utf-8")
+        say(f"--plot: {target}")
     if not args.json:
         print(planning.text(found[0], every=args.all))
     return planning.as_document(found[0])
+
+
+def _writable(plot: str | None) -> Path | None:
+    """Where a picture goes; checked before the work that it is of."""
+    if plot is None:
+        return None
+    target = Path(plot)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--plot {plot}: name a file in a folder that is there, such as plan.svg")
+    return target
 
 
 def _as_published(args: Namespace) -> Document:
     """A guide's figures from its own premises, beside what arithmetic says."""
     from tuppence.plan.guides import RECIPES, guide
 
-    names = [word for word in args.words if "=" not in word]
-    told = guide(names[0]) if len(names) == 1 else None
+    told = guide(args.words[0]) if len(args.words) == 1 else None
     if told is None:
         raise UserError(
-            f"--as-published {' '.join(names)}: name one recipe that stands for a published guide: "
-            f"{', '.join(RECIPES)}"
+            f"--as-published {' '.join(args.words)}: name one recipe that stands for a published "
+            f"guide, and nothing more: {', '.join(RECIPES)}"
         )
     if not args.json:
         print(guide_text(told))
@@ -201,7 +215,7 @@ def list_recipes(args: Namespace) -> Document:
     known = recipes.all_recipes()
     if not args.json:
         for name, recipe in known.items():
-            print(f"{name:12s} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+            print(f"{name:20s} {(recipe.__doc__ or '').strip().splitlines()[0]}")
             print("             " + " ".join(f"{k}={v}" for k, v in config.asked(recipe()).items()))
     return {name: config.asked(recipe()) for name, recipe in known.items()}
 

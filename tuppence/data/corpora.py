@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WEB_ALPHABET = 10_000  # characters of web text: a guess, for plans in characters
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus by name, with where its count is from."""
+    """A corpus by name, with where its count is from. `alphabet` counts its characters."""
 
     name: str
     tokens: float
     tokenizer: str
+    alphabet: int
     licence: str
     source: str
 
@@ -28,6 +31,7 @@ CORPORA = {
             name="openwebtext",
             tokens=9.04e9,
             tokenizer="gpt2",
+            alphabet=WEB_ALPHABET,
             licence="CC0 for the collection",
             source="nanoGPT, data/openwebtext/readme.md",
         ),
@@ -35,6 +39,7 @@ CORPORA = {
             name="fineweb",
             tokens=15e12,
             tokenizer="gpt2",
+            alphabet=WEB_ALPHABET,
             licence="ODC-By 1.0",
             source="dataset card of HuggingFaceFW/fineweb: more than 15T",
         ),
@@ -42,6 +47,7 @@ CORPORA = {
             name="fineweb_edu",
             tokens=1.3e12,
             tokenizer="gpt2",
+            alphabet=WEB_ALPHABET,
             licence="ODC-By 1.0",
             source="dataset card of HuggingFaceFW/fineweb-edu: 1.3T",
         ),
@@ -49,6 +55,7 @@ CORPORA = {
             name="climbmix",
             tokens=400e9,
             tokenizer="gpt2",
+            alphabet=WEB_ALPHABET,
             licence="CC BY-NC 4.0",
             source="dataset card of nvidia/ClimbMix: 400B",
         ),
@@ -56,6 +63,7 @@ CORPORA = {
             name="arithmetic",
             tokens=350e6,
             tokenizer="char",
+            alphabet=17,
             licence="generated",
             source="sums in 17 characters; as much as the $1,000 guide had",
         ),

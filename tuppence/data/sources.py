@@ -139,7 +139,7 @@ def _matching(pattern: Path, shown: str) -> list[InputFile]:
 
 
 def _nothing_there(path: Path, shown: str) -> str:
-    near = difflib.get_close_matches(shown, CORPORA, n=1)
+    near = difflib.get_close_matches(shown, [*CORPORA, *corpora.CORPORA], n=1)
     if not near and path.parent.is_dir():
         beside = [other.name for other in path.parent.iterdir()]
         names = difflib.get_close_matches(path.name, beside, n=1)
@@ -147,5 +147,6 @@ def _nothing_there(path: Path, shown: str) -> str:
     hint = f"did you mean {near[0]}? " if near else ""
     return (
         f"data.source {shown!r}: no such file; {hint}Give a shipped corpus "
-        f"({', '.join(CORPORA)}), a file ({_KNOWN}), a folder, a glob, or a list with commas"
+        f"({', '.join(CORPORA)}), for a plan a known one ({', '.join(corpora.CORPORA)}), "
+        f"a file ({_KNOWN}), a folder, a glob, or a list with commas"
     )

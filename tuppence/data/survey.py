@@ -22,8 +22,6 @@ SAMPLE_CHARS = 8_000_000
 # Bytes per token grow with the logarithm of a learned vocabulary's size: 4.2 for GPT-2's.
 _BYTES_PER_TOKEN_PER_LOG = 0.39
 GPT2_VOCAB = 50257
-CHAR_VOCAB = 17
-WEB_BYTES_PER_TOKEN = 4.5  # GPT-2's tokens on English web text, within a few percent
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,25 @@ def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
 
 
 def _named(corpus: Corpus, tokenizer: str) -> Survey:
-    """A corpus that is known by its name alone."""
-    vocab_size = _vocab_of(tokenizer)
-    if vocab_size is None:
-        with_file = build_tokenizer(tokenizer, texts=lambda: iter(()))
-        vocab_size = with_file.vocab_size
-    tokens = _tokens_of(corpus, tokenizer)
-    return Survey(
-        bytes=round(tokens * _bytes_per_token(tokenizer)),
-        documents=1,
-        tokens=tokens,
-        vocab_size=vocab_size,
-        exact=False,
-    )
+    """A corpus that is known by its name alone; its bytes follow from its tokens."""
+    kind, argument = parse_spec(tokenizer)
+    known = {"gpt2": GPT2_VOCAB, "char": len(argument) or corpus.alphabet, "byte": 257}
+    if kind == "bpe":
+        vocab_size = int(argument)
+    elif kind in known:
+        vocab_size = known[kind]
+    else:
+        vocab_size = build_tokenizer(tokenizer, texts=lambda: iter(())).vocab_size
+    text_bytes = corpus.tokens * _bytes_per_token(corpus.tokenizer, GPT2_VOCAB)
+    tokens = int(text_bytes / _bytes_per_token(tokenizer, vocab_size))
+    return Survey(round(text_bytes), 1, tokens, vocab_size, exact=False)
+
+
+def _bytes_per_token(tokenizer: str, vocab_size: int) -> float:
+    """One for characters and bytes; of a learned vocabulary by its logarithm."""
+    if tokenizer.partition(":")[0] in ("char", "byte"):
+        return 1.0
+    return _BYTES_PER_TOKEN_PER_LOG * math.log(vocab_size)
 
 
 def _sampled(pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -101,25 +105,3 @@ def _count(tokenizer: Tokenizer, sample: list[Piece], *, documents: int) -> int:
     return ends + sum(
         len(tokenizer.encode(piece.text)) for piece in recut(sample, cut=tokenizer.cut)
     )
-
-
-def _vocab_of(tokenizer: str) -> int | None:
-    """The vocabulary of a tokenizer by its kind and argument; None where that does not tell it."""
-    kind, argument = parse_spec(tokenizer)
-    known = {"gpt2": GPT2_VOCAB, "char": len(argument) or CHAR_VOCAB, "byte": 257}
-    return int(argument) if kind == "bpe" else known.get(kind)
-
-
-def _bytes_per_token(tokenizer: str) -> float:
-    """Bytes of English web text that a token covers; grows with the logarithm of a vocabulary."""
-    vocab_size = _vocab_of(tokenizer)
-    if vocab_size is None:
-        return WEB_BYTES_PER_TOKEN
-    if tokenizer != "gpt2" and not tokenizer.startswith("bpe"):
-        return 1.0
-    return WEB_BYTES_PER_TOKEN * math.log(vocab_size) / math.log(GPT2_VOCAB)
-
-
-def _tokens_of(corpus: Corpus, tokenizer: str) -> int:
-    """How many tokens of `tokenizer` the whole corpus has."""
-    return int(corpus.tokens * _bytes_per_token(corpus.tokenizer) / _bytes_per_token(tokenizer))

@@ -19,6 +19,9 @@ from tuppence.plan.shapes import FAMILIES, laid_out, nearest_divisor, number, sh
 OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("none", "ddp", "zero1", "fsdp")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+SCHEDULES = ("cosine", "wsd")
+ATTENTIONS = ("sdpa", "matmul")
+MOST = 10**15  # of anything: what is larger is a slip of the hand
 
 
 def check_values(run: Run) -> None:
@@ -28,6 +31,9 @@ def check_values(run: Run) -> None:
         "data.max_tokens": 1,
         "machine.gpu_count": 0,
         "machine.nodes": 1,
+        "model.sequence_len": 1,
+        "model.backprop_depth": 1,
+        "model.lora_rank": 0,
         "train.micro_batch": 1,
     }
     for key, bound in least.items():
@@ -35,14 +41,21 @@ def check_values(run: Run) -> None:
         value = getattr(getattr(run, group), leaf)
         if value is not None and value < bound:
             raise UserError(f"{key}={value}: at least {bound}, or leave it out")
+        if value is not None and value > MOST:
+            raise UserError(f"{key}={value:.3g}: at most {MOST:.0e}")
     above_zero = {
         "machine.usd_per_hour": (run.machine.usd_per_hour, "a price"),
         "machine.disk_gb": (run.machine.disk_gb, "a disk"),
         "machine.mfu": (run.machine.mfu, "a share of the peak"),
     }
     for key, (amount, what) in above_zero.items():
-        if amount is not None and amount <= 0:
-            raise UserError(f"{key}={amount:g}: {what} is more than zero")
+        if amount is not None and not 0 < amount <= MOST:
+            raise UserError(f"{key}={amount:g}: {what} is more than zero, and at most {MOST:.0e}")
+    price = run.machine.usd_per_hour
+    if price is not None and price < 1e-6:
+        raise UserError(f"machine.usd_per_hour={price:g}: at least 0.000001")
+    if run.machine.gpu_count == 0 and run.machine.gpu not in (None, "cpu"):
+        raise UserError(f"machine.gpu_count=0 and machine.gpu={run.machine.gpu}: leave one out")
     if run.machine.mfu is not None and run.machine.mfu > 1:
         raise UserError(f"machine.mfu={run.machine.mfu:g}: a share of the peak, at most 1")
     for key, value, allowed in (
@@ -50,6 +63,8 @@ def check_values(run: Run) -> None:
         ("train.optimizer", run.train.optimizer, OPTIMIZERS),
         ("train.parallel", run.train.parallel, PARALLEL),
         ("train.precision", run.train.precision, PRECISIONS),
+        ("train.schedule", run.train.schedule, SCHEDULES),
+        ("train.attention", run.train.attention, ATTENTIONS),
     ):
         if value is not None and value not in allowed:
             raise UserError(f"{key}={value}{nearest(value, list(allowed))}")
@@ -60,9 +75,7 @@ def check_trainable(run: Run) -> None:
     only: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("model.family", laid_out(run.model).family, ("gpt2",)),
         ("train.optimizer", run.train.optimizer, ("adamw",)),
-        ("train.schedule", run.train.schedule, ("cosine", "wsd")),
         ("train.precision", run.train.precision, ("fp32", "bf16")),
-        ("train.attention", run.train.attention, ("sdpa", "matmul")),
         ("train.parallel", run.train.parallel, ("none",)),
         ("train.activation_checkpointing", run.train.activation_checkpointing, (False,)),
         ("machine.gpu_count", run.machine.gpu_count, (0, 1)),
@@ -71,9 +84,7 @@ def check_trainable(run: Run) -> None:
     for key, value, allowed in only:
         if value is not None and value not in allowed:
             there_are = " or ".join(str(a) for a in allowed)
-            raise UserError(
-                f"{key}={value}: this version trains {there_are}; tuppence plan plans it"
-            )
+            raise UserError(f"{key}={value}: this version trains {there_are}; it can be planned")
     elsewhere = {
         "machine.cloud": run.machine.cloud,
         "machine.instance_type": run.machine.instance_type,
@@ -92,6 +103,8 @@ def check_budget(budget: Budget) -> Budget:
     for key, value in limits.items():
         if value <= 0:
             raise UserError(f"budget.{key}={value:g}: a budget is more than zero")
+        if value > MOST:
+            raise UserError(f"budget.{key}={value:g}: at most {MOST:.0e}")
     if not limits:
         raise UserError("no budget: say budget.usd, budget.hours, budget.tokens or budget.steps")
     return budget
@@ -100,24 +113,18 @@ def check_budget(budget: Budget) -> Budget:
 def solve_model(run: Run, data: DataPlan) -> ModelPlan:
     """The model with its exact counts. Raises UserError where dimensions do not divide."""
     asked = laid_out(run.model)
-    vocab = data.vocab_size if asked.vocab_size is None else asked.vocab_size
-    if vocab < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={vocab}: tokenizer {data.tokenizer} has {data.vocab_size} tokens; "
-            f"at least that many, or leave it out"
-        )
     dropout = asked.dropout or 0.0
     if not 0 <= dropout < 1:
         raise UserError(f"model.dropout={dropout:g}: a rate from 0 to below 1")
     if dropout and run.train.attention == "sdpa":
         raise UserError("train.attention=sdpa: model.dropout needs matmul attention")
-    shape = shape_of(asked, vocab)
+    shape = shape_of(asked, data.vocab_size)
     return ModelPlan(
         family=asked.family or "gpt2",
         n_layer=number(asked, "n_layer"),
         n_head=number(asked, "n_head"),
         n_embd=number(asked, "n_embd"),
-        vocab_size=vocab,
+        vocab_size=shape.vocab_size,
         sequence_len=number(asked, "sequence_len"),
         bias=bool(asked.bias),
         tied_head=True if asked.tied_head is None else asked.tied_head,
@@ -133,12 +140,23 @@ def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
     length = model.sequence_len
     asked = run.train.batch_tokens
     batch_tokens = 16 * length if asked is None else asked
+    check_batch(batch_tokens, length)
+    check_corpus(data, length=length, batch_tokens=batch_tokens)
+    return batch_tokens // length
+
+
+def check_batch(batch_tokens: int, length: int) -> None:
+    """Refuse a batch that is not whole sequences."""
     if batch_tokens < 1 or batch_tokens % length:
         near = max(1, round(batch_tokens / length)) * length
         raise UserError(
             f"train.batch_tokens={batch_tokens} is not a multiple of model.sequence_len={length}; "
             f"the nearest is {near}"
         )
+
+
+def check_corpus(data: DataPlan, *, length: int, batch_tokens: int) -> None:
+    """Refuse a corpus that does not fill a sequence, a batch, or a val split."""
     needs = "give more text or lower"
     if data.train_tokens < length + 1:
         raise UserError(
@@ -155,7 +173,6 @@ def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
             f"data.source={data.source}: {data.train_tokens:,} training tokens are less than one "
             f"batch of {batch_tokens:,} + 1; {needs} train.batch_tokens"
         )
-    return batch_tokens // length
 
 
 def check_micro_batch(micro: int, sequences: int, length: int) -> int:

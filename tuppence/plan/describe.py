@@ -77,7 +77,7 @@ def in_a_line(plan: Plan) -> str:
     return (
         f"here      {plan.machine.name}: {between(told.tokens_per_second)} tokens/s, "
         f"{duration(told.hours.mid * 3600)}, {told.tokens.mid:,.0f} tokens, "
-        f"${between(told.usd, '.2f')} (machine.gpu=cpu shows the whole plan)"
+        f"${between(told.usd, '.2f')} (tuppence run would do it)"
     )
 
 
@@ -86,49 +86,58 @@ def _phases(seconds: dict[str, float]) -> str:
 
 
 def local_option(plan: Plan) -> dict[str, Any]:
-    """This machine as one option of the `--json` document."""
+    """This machine as one option of the `--json` document: the keys of table.document."""
     told, machine = plan.predicted, plan.machine
     hourly = machine.usd_per_hour / 3600
     phases = {name: seconds * hourly for name, seconds in told.phase_seconds.items()}
-    spread = {
-        name: [getattr(told, name).low, getattr(told, name).high]
-        for name in (
-            "tokens_per_second",
-            "mfu",
-            "steps",
-            "tokens",
-            "hours",
-            "usd",
-            "peak_memory_gib",
-        )
+    spans = {
+        "tokens_per_second": told.tokens_per_second,
+        "mfu": told.mfu,
+        "tokens": told.tokens,
+        "usd": told.usd,
+        "train_hours": told.hours,
+        "peak_memory_gib": told.peak_memory_gib,
+        "step_seconds": told.step_seconds,
     }
+    on_gpu = machine.device == "cuda"
     return {
         "cloud": "local",
         "instance_type": machine.name,
-        "gpu": machine.name if machine.device == "cuda" else "cpu",
-        "gpu_count": 1 if machine.device == "cuda" else 0,
+        "region": "",
+        "gpu": machine.name if on_gpu else "cpu",
+        "gpu_count": 1 if on_gpu else 0,
+        "nodes": 1,
         "spot": False,
         "usd_per_hour": machine.usd_per_hour,
-        "price": {"terms": machine.price_source, "date": None, "source": machine.price_source},
+        "price": {"terms": machine.price_source, "date": "", "source": machine.price_source},
         "fits": True,
         "why_not": None,
+        "depth": plan.model.n_layer,
         "params": plan.model.params,
         "flops_per_token": plan.model.flops_per_token,
         "precision": machine.precision,
+        "parallel": "none",
+        "activation_checkpointing": False,
+        "micro_batch": plan.step.micro_batch,
         "accumulation": plan.step.accumulation,
         "batch_tokens": plan.step.batch_tokens,
         "learning_rate": plan.optimizer.learning_rate,
-        "step_seconds": told.step_seconds.mid,
+        "weight_decay": plan.optimizer.weight_decay,
+        **{name: span.mid for name, span in spans.items()},
         "mfu_peak": {"tflops": machine.peak_tflops, "source": machine.peak_source},
         "epochs": told.epochs,
-        "micro_batch": plan.step.micro_batch,
-        "peak_memory_gib": told.peak_memory_gib.mid,
-        "tokens_per_second": told.tokens_per_second.mid,
-        "mfu": told.mfu.mid,
-        "train_hours": told.hours.mid,
-        "usd": {**phases, "total": sum(phases.values())},
-        "tokens": told.tokens.mid,
+        "disk_gb": _disk_gb(plan),
+        "usd": {**phases, "store": 0.0, "egress": 0.0, "total": sum(phases.values())},
         "loss": dataclasses.asdict(told.val_loss) if told.val_loss else None,
+        "loss_metric": "nats/token" if told.val_loss else None,
         "loss_source": told.val_loss_source,
-        "intervals": spread,
+        "intervals": {name: [span.low, span.high] for name, span in spans.items()},
+        "notes": [],
     }
+
+
+def _disk_gb(plan: Plan) -> float:
+    """Shards, and the last and the best checkpoint."""
+    each = 2 if plan.data.vocab_size <= 2**16 else 4
+    shards = each * (plan.data.train_tokens + plan.data.val_tokens)
+    return (shards + 2 * plan.predicted.checkpoint_bytes) / 1e9

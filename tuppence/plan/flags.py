@@ -8,12 +8,13 @@ import math
 import re
 
 from tuppence.config import DataPlan, Run, Warning
-from tuppence.plan import loss
 from tuppence.plan.gpus import ceiling_tflops
+from tuppence.plan.loss import FEW_EPOCHS, MANY_EPOCHS, effective_tokens
 from tuppence.plan.options import Option
+from tuppence.plan.work import fixed_tokens
 
 POSSIBLE = 0.85  # of the measured matmul ceiling: no published run is above it in bf16
-FEW_EPOCHS, MANY_EPOCHS = 4, 16
+FEWEST_STEPS = 50
 R_SIGMA = 0.5  # of the looped family's log-normal number of iterations
 
 
@@ -22,6 +23,7 @@ def flags(run: Run, data: DataPlan, option: Option, *, year: int) -> list[Warnin
     found = [
         *_speed(run, option),
         *_data(data, option),
+        *_steps(option),
         *_money(run, option, year),
         *_disk(run, option),
         *_told(option),
@@ -40,17 +42,14 @@ def _speed(run: Run, option: Option) -> Found:
     ceiling, source = ceiling_tflops(option.gpu, option.job.precision)
     ceiling *= option.job.gpu_count
     flops = option.work.shape.flops_per_token
-    budget = run.budget
-    tokens = budget.tokens
-    if budget.steps is not None:
-        tokens = min(tokens or math.inf, budget.steps * option.work.recipe.batch_tokens)  # type: ignore[assignment]
-    if tokens is not None and budget.hours is not None:
-        share = tokens * flops / (budget.hours * 3600) / (ceiling * 1e12)
+    tokens, hours = fixed_tokens(run, option.work.recipe.batch_tokens), run.budget.hours
+    if math.isfinite(tokens) and hours is not None:
+        share = tokens * flops / (hours * 3600) / (ceiling * 1e12)
         if share > POSSIBLE:
             found.append(
                 (
                     "faster_than_possible",
-                    f"{tokens:,.0f} tokens in {budget.hours:g} h are {share:.0%} of {source}: "
+                    f"{tokens:,.0f} tokens in {hours:g} h are {share:.0%} of the {source}: "
                     f"{option.tokens.mid if option.tokens else 0:,.0f} is what fits",
                 )
             )
@@ -70,7 +69,7 @@ def _speed(run: Run, option: Option) -> Found:
 def _data(data: DataPlan, option: Option) -> Found:
     assert option.tokens is not None
     found: Found = []
-    worth = loss.effective_tokens(option.tokens.mid, float(data.train_tokens))
+    worth = effective_tokens(option.tokens.mid, float(data.train_tokens))
     told = (
         f"{option.epochs:.1f} epochs of {data.train_tokens:,} tokens, worth {worth:,.0f} new ones"
     )
@@ -81,6 +80,20 @@ def _data(data: DataPlan, option: Option) -> Found:
     if not data.exact:
         found.append(("data_estimated", f"the size of {data.source} is an estimate until prepared"))
     return found
+
+
+def _steps(option: Option) -> Found:
+    assert option.tokens is not None
+    steps = option.tokens.mid / option.work.recipe.batch_tokens
+    if steps >= FEWEST_STEPS:
+        return []
+    return [
+        (
+            "few_steps",
+            f"{steps:.0f} optimizer steps are too few to learn from; a smaller train.batch_tokens "
+            f"takes more",
+        )
+    ]
 
 
 def _money(run: Run, option: Option, year: int) -> Found:

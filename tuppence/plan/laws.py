@@ -75,5 +75,7 @@ def _batch(tokens: float, reference: float, sequence_len: int) -> int:
     """Tokens a step: a power of two sequences, at most one hundredth of the run."""
     wanted = BATCH_REFERENCE * (max(tokens, 1.0) / reference) ** BATCH_EXPONENT
     wanted = min(wanted, tokens / FEWEST_STEPS)
-    sequences = max(1, 2 ** round(math.log2(max(1.0, wanted / sequence_len))))
+    sequences = 2 ** round(math.log2(max(1.0, wanted / sequence_len)))
+    while sequences > 1 and sequences * sequence_len > tokens / FEWEST_STEPS:
+        sequences //= 2
     return int(sequences * sequence_len)

@@ -94,6 +94,10 @@ def ways(cards: int, train: Train) -> list[tuple[str, bool]]:
     """(parallel, checkpointing) pairs to try, as far as the person left them open."""
     every: tuple[tuple[str, bool], ...] = SINGLE if cards == 1 else MANY
     if train.parallel is not None:
+        if (train.parallel == "none") != (cards == 1):
+            rest = "ddp, zero1 or fsdp" if cards > 1 else "none"
+            many = "1 GPU" if cards == 1 else f"{cards} GPUs"
+            raise UserError(f"train.parallel={train.parallel}: on {many} it is {rest}")
         every = tuple((train.parallel, again) for again in (False, True))
     wanted = train.activation_checkpointing
     return [(parallel, again) for parallel, again in every if wanted in (None, again)]

@@ -28,8 +28,8 @@ from tuppence.plan.cost import Shape
 FACTS = Path(__file__).parent / "facts" / "loss_fits.json"
 PER_PARAMS, PER_TOKENS = 1e8, 1e9  # a Law's A is the size term at so many, its B the data term
 REPEAT_DECAY = 15.39  # R: Muennighoff et al. 2023, section 6
+FEW_EPOCHS = 4.0  # worth nearly as much as new text
 MANY_EPOCHS = 16.0  # their points support the penalty this far
-BITS = math.log(2)
 
 # How the interval widens, as shares of the loss; each is held to left-out points by bench/fit_loss.
 PER_EFOLD = 0.008  # for every factor of e outside the points' range of N or of D
@@ -158,18 +158,6 @@ def find_group(*, source: str, tokenizer: str, family: str, optimizer: str) -> G
     return None
 
 
-def nearest_group(*, source: str, tokenizer: str, family: str, optimizer: str) -> Group:
-    """The group whose law is the likest. For choosing a size, never for promising a loss."""
-
-    def likeness(group: Group) -> tuple[bool, bool, bool, bool, int]:
-        same_data = group.source == source
-        same_family, same_optimizer = family in group.families, optimizer in group.optimizers
-        same_tokens = group.tokenizer == tokenizer
-        return same_family, same_optimizer, same_data, same_tokens, group.points
-
-    return max(groups().values(), key=likeness)
-
-
 def predict(
     group: Group, *, params: float, tokens: float, unique_tokens: float | None = None
 ) -> Prediction:
@@ -235,14 +223,6 @@ def comparable(a: Group, b: Group) -> str | None:
     if a.tokenizer != b.tokenizer and a.metric != "bits/byte":
         return f"not comparable: a token of {a.tokenizer} is not a token of {b.tokenizer}"
     return None
-
-
-def bits_per_byte(nats_per_token: float, *, bytes_per_token: float) -> float:
-    return nats_per_token / BITS / bytes_per_token
-
-
-def nats_per_token(bits_per_byte: float, *, bytes_per_token: float) -> float:
-    return bits_per_byte * BITS * bytes_per_token
 
 
 def _outside(value: float, known: tuple[float, float]) -> float:

@@ -1,7 +1,8 @@
 """Which machines a request may use: the price book's, its own at an asked price, or one assumed.
 
 machine.usd_per_hour is the price of one machine. With machine.gpu it names a machine that need not
-be in the book; a card that no row prices is assumed at $0.40 an hour, and said to be.
+be in the book: rented like any, or machine.cloud=local, which neither boots nor bills for storage.
+Alone it prices this machine, and the book keeps its own prices.
 """
 
 import math
@@ -11,9 +12,15 @@ from tuppence.config import Machine, nearest
 from tuppence.errors import UserError
 from tuppence.plan.gpus import find_gpu
 from tuppence.plan.offers import Offer
-from tuppence.plan.prices import Book, at_own_price, own_machine
+from tuppence.plan.prices import (
+    ASSUMED_USD_PER_HOUR,
+    LOCAL,
+    Book,
+    at_own_price,
+    own_machine,
+)
 
-ASSUMED_USD_PER_HOUR = 0.40  # of a machine whose price nobody said
+NEARLY_FREE = 1e-6  # USD an hour: hours of a free machine still need a number to count by
 
 
 @dataclass(frozen=True)
@@ -32,31 +39,38 @@ def sellers(machine: Machine, book: Book) -> list[Seller]:
 
     Raises UserError where a value names nothing in the book.
     """
+    _check_names(machine, book)
     found = [offer for offer in book.offers if offer.gpu_count and _answers(offer, machine)]
-    if machine.usd_per_hour is not None:
-        return _at_asked_price(machine, machine.usd_per_hour, found)
+    price = machine.usd_per_hour
+    if price is not None and (machine.gpu is not None or machine.instance_type is not None):
+        return [Seller(_meant(machine, price, found), bool(machine.spot), price, "your price")]
     priced = [s for offer in found for s in _terms(offer, machine.spot)]
     if priced:
         return priced
-    if machine.gpu is not None and machine.cloud is None and machine.instance_type is None:
-        offer = _quoted(machine, ASSUMED_USD_PER_HOUR)
-        return [Seller(offer, False, ASSUMED_USD_PER_HOUR, "assumed: no row prices it", True)]
-    raise UserError(_nothing(machine, book))
+    if machine.gpu is None or machine.cloud or machine.instance_type:
+        raise UserError(_nothing(machine))
+    return [_assumed(machine, book)]
 
 
 def _answers(offer: Offer, machine: Machine) -> bool:
     if machine.cloud is not None and offer.cloud != machine.cloud.lower():
         return False
-    if machine.instance_type is not None and offer.instance_type != machine.instance_type:
-        return False
+    if machine.instance_type is not None:
+        same_type = offer.instance_type.lower() == machine.instance_type.lower()
+        if not same_type:
+            return False
     if machine.gpu_count is not None and offer.gpu_count != machine.gpu_count:
         return False
-    if offer.gpu is None:
-        return False
-    return machine.gpu is None or find_gpu(offer.gpu).name == find_gpu(machine.gpu).name
+    return offer.gpu is not None and _same_card(offer, machine.gpu)
+
+
+def _same_card(offer: Offer, gpu: str | None) -> bool:
+    return gpu is None or (offer.gpu is not None and offer.gpu == find_gpu(gpu).name)
 
 
 def _terms(offer: Offer, spot: bool | None) -> list[Seller]:
+    if offer.usd_per_hour == 0:  # a machine of one's own that is not charged for
+        offer = replace(offer, usd_per_hour=NEARLY_FREE)
     terms = []
     if offer.usd_per_hour is not None and spot is not True:
         terms.append(Seller(offer, False, offer.usd_per_hour, _said(offer, "on demand")))
@@ -69,35 +83,62 @@ def _said(offer: Offer, terms: str) -> str:
     return f"{terms}, {offer.cloud} {offer.region} {offer.date or 'undated'}".replace("  ", " ")
 
 
-def _at_asked_price(machine: Machine, price: float, found: list[Offer]) -> list[Seller]:
+# ---------------------------------------------------------------- not in the book
+
+
+def _meant(machine: Machine, price: float, found: list[Offer]) -> Offer:
     """The machine that is meant, at the person's own price."""
     if machine.instance_type is not None and found:
-        offer = min(found, key=lambda o: o.usd_per_hour or math.inf)
-        return [Seller(at_own_price(offer, price), bool(machine.spot), price, "your price")]
+        return at_own_price(min(found, key=lambda o: o.usd_per_hour or math.inf), price)
     if machine.gpu is None:
         raise UserError(
-            f"machine.usd_per_hour={price:g}: of which machine? add machine.gpu=... and "
-            f"machine.gpu_count=..., or machine.instance_type=..."
+            f"machine.instance_type={machine.instance_type} with the other machine.* keys is not "
+            f"in the price book; add machine.gpu=... to plan it at machine.usd_per_hour={price:g}"
         )
-    offer = _quoted(machine, price)
-    return [Seller(offer, bool(machine.spot), price, "your price")]
+    return _quoted(machine, price)
 
 
 def _quoted(machine: Machine, price: float) -> Offer:
-    """A rented machine that need not be in the book: it boots and is fetched from like any."""
+    """A machine that need not be in the book."""
     offer = own_machine(price, gpu=machine.gpu, gpu_count=machine.gpu_count or 1)
-    return replace(offer, cloud=machine.cloud or "quoted", instance_type=offer.gpu or "")
+    name = machine.instance_type or offer.gpu or ""
+    return replace(offer, cloud=machine.cloud or "quoted", instance_type=name)
 
 
-def _nothing(machine: Machine, book: Book) -> str:
-    """Which value leaves nothing, and the nearest that would not."""
-    clouds = sorted({o.cloud for o in book.offers})
-    types = sorted({o.instance_type for o in book.offers})
-    if machine.cloud is not None and machine.cloud.lower() not in clouds:
-        return f"machine.cloud={machine.cloud}{nearest(machine.cloud.lower(), clouds)}"
-    if machine.instance_type is not None and machine.instance_type not in types:
-        near = nearest(machine.instance_type, types).split("; there are")[0]
-        return f"machine.instance_type={machine.instance_type} is not in the price book{near}"
+def _assumed(machine: Machine, book: Book) -> Seller:
+    """By what others of that card cost for each GPU; where none has a price, $0.40 an hour."""
+    count = machine.gpu_count or 1
+    each = [
+        seller.usd_per_hour / offer.gpu_count
+        for offer in book.offers
+        if offer.gpu_count and _same_card(offer, machine.gpu)
+        for seller in _terms(offer, machine.spot)
+    ]
+    price = count * min(each) if each else ASSUMED_USD_PER_HOUR
+    why = "the cheapest of that card, for each GPU" if each else "no row prices that card"
+    offer = _quoted(machine, price)
+    return Seller(offer, bool(machine.spot), price, f"assumed: {why}", assumed=True)
+
+
+# ---------------------------------------------------------------- names
+
+
+def _check_names(machine: Machine, book: Book) -> None:
+    """Refuse a card, a cloud or an instance type that names nothing."""
+    if machine.gpu is not None:
+        find_gpu(machine.gpu)
+    clouds = sorted({offer.cloud for offer in book.offers})
+    if machine.cloud is not None and machine.cloud.lower() not in (*clouds, LOCAL):
+        raise UserError(f"machine.cloud={machine.cloud}{nearest(machine.cloud.lower(), clouds)}")
+    kept = {offer.instance_type.lower(): offer.instance_type for offer in book.offers}
+    wanted = machine.instance_type
+    own = machine.usd_per_hour is not None and machine.gpu is not None
+    if wanted is not None and wanted.lower() not in kept and not own:
+        near = nearest(wanted.lower(), list(kept)).split("; there are")[0]
+        raise UserError(f"machine.instance_type={wanted} is not in the price book{near}")
+
+
+def _nothing(machine: Machine) -> str:
     keys = ("cloud", "instance_type", "gpu", "gpu_count", "spot")
     asked = [(key, getattr(machine, key)) for key in keys]
     said = " ".join(f"machine.{k}={v}" for k, v in asked if v is not None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tuppence.config import Interval
 from tuppence.plan.cost import GIB, Shape
 from tuppence.plan.job import Job
+from tuppence.plan.shapes import divisors
 
 CONTEXT_GIB = 0.7  # CUDA context, kernels, cuBLAS and cuDNN workspaces of one process
 NCCL_GIB = 0.8  # channel buffers, where GPUs talk
@@ -176,11 +177,10 @@ def needed_gib(job: Job) -> float:
 
 def largest_micro_batch(job: Job, sequences: int) -> int:
     """The largest divisor of a replica's `sequences` a step that fits; 0 where none does."""
-    for micro in range(sequences, 0, -1):
-        if sequences % micro == 0:
-            tried = dataclasses.replace(job, micro_batch=micro, accumulation=sequences // micro)
-            if fits(tried):
-                return micro
+    for micro in reversed(divisors(sequences)):
+        tried = dataclasses.replace(job, micro_batch=micro, accumulation=sequences // micro)
+        if fits(tried):
+            return micro
     return 0
 
 

@@ -21,6 +21,7 @@ from tuppence.plan.offers import Offer as Offer
 from tuppence.plan.offers import Problem, read_offer
 
 FACTS = Path(__file__).parent / "facts"
+ASSUMED_USD_PER_HOUR = 0.40  # of a machine whose price nobody said
 LOCAL = "local"  # the cloud of a machine of one's own: no boot, no storage bill, no egress
 
 
@@ -40,21 +41,6 @@ class Book:
             if whole and not offer.gpu_count and offer.usd_per_hour is not None:
                 machines.setdefault(offer.cloud, []).append(offer)
         return machines
-
-    def find(
-        self, instance_type: str, *, cloud: str | None = None, region: str | None = None
-    ) -> Offer:
-        """The machine of that name, in its cheapest region unless one is given."""
-        wanted = [
-            o
-            for o in self.offers
-            if o.instance_type.lower() == instance_type.lower()
-            and cloud in (None, o.cloud)
-            and region in (None, o.region)
-        ]
-        if not wanted:
-            raise UserError(_not_listed(self, instance_type, cloud, region))
-        return min(wanted, key=lambda o: o.cost)
 
 
 def own_machine(
@@ -197,19 +183,6 @@ def _filled(own: Offer, listed: dict[tuple[str, str], Offer]) -> Offer:
         own = replace(own, accelerator=known.accelerator, gpu=known.gpu, gpu_count=known.gpu_count)
     return replace(
         own, vcpus=own.vcpus or known.vcpus, memory_gib=own.memory_gib or known.memory_gib
-    )
-
-
-def _not_listed(book: Book, instance_type: str, cloud: str | None, region: str | None) -> str:
-    import difflib
-
-    names = sorted({o.instance_type for o in book.offers if cloud in (None, o.cloud)})
-    near = difflib.get_close_matches(instance_type, names, 3, 0.4)
-    where = " ".join(filter(None, (cloud and f"of {cloud}", region and f"in {region}")))
-    hint = f"the nearest are {', '.join(near)}; or " if near else ""
-    return (
-        f"machine.instance_type={instance_type} {where + ' ' if where else ''}is not in the price "
-        f"book: {hint}add it to {own_file()}, or give machine.usd_per_hour"
     )
 
 

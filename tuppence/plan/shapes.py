@@ -27,14 +27,18 @@ LOOPED_ONLY = (
     "lora_rank",
     "mixture_of_depths",
 )
+GPT2_ONLY = ("bias", "tied_head", "dropout")
+FOREIGN = {  # what a family has no part for
+    "gpt2": ("window_pattern", *LOOPED_ONLY),
+    "depth": (*GPT2_ONLY, *LOOPED_ONLY),
+    "looped": ("n_layer", "n_kv_head", "window_pattern", *GPT2_ONLY),
+}
 SHORT_WINDOW = 4  # a letter S of model.window_pattern looks at this part of the sequence
 
 
 def is_sized(model: Model) -> bool:
-    """Whether the person fixed the model's size, or leaves it to the budget."""
-    if model.family == "looped":
-        return model.n_embd is not None
-    return model.depth is not None or model.n_layer is not None
+    """Whether the person fixed the model's size; a looped model has no dial to turn."""
+    return model.family == "looped" or model.depth is not None or model.n_layer is not None
 
 
 def at_depth(model: Model, depth: int) -> Model:
@@ -47,9 +51,12 @@ def laid_out(model: Model) -> Model:
     family = model.family or ("gpt2" if model.depth is None else "depth")
     if family not in FAMILIES:
         raise UserError(f"model.family={family}: there are {', '.join(FAMILIES)}")
-    looped = [key for key in LOOPED_ONLY if getattr(model, key) is not None]
-    if looped and family != "looped":
-        raise UserError(f"model.{looped[0]} is of the looped family; add model.family=looped")
+    for key in (k for k in FOREIGN[family] if getattr(model, k) is not None):
+        owners = " or ".join(f for f in FAMILIES if key not in FOREIGN[f])
+        raise UserError(
+            f"model.{key}={getattr(model, key)}: {family} has no such part; it is of {owners} "
+            f"(model.{key}=none leaves it out)"
+        )
     depth = model.depth
     if depth is not None and depth < 1:
         raise UserError(f"model.depth={depth}: at least 1")
@@ -70,7 +77,7 @@ def laid_out(model: Model) -> Model:
         n_layer=model.n_layer if depth is None else depth,
         n_embd=width,
         n_head=heads,
-        sequence_len=model.sequence_len or SEQUENCE_LEN[family],
+        sequence_len=SEQUENCE_LEN[family] if model.sequence_len is None else model.sequence_len,
     )
 
 
@@ -81,12 +88,18 @@ def shape_of(model: Model, vocab_size: int) -> Shape:
     """
     full = laid_out(model)
     check_heads(full)
+    vocab = vocab_size if full.vocab_size is None else full.vocab_size
+    if vocab < vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab}: the tokenizer has {vocab_size} tokens; at least that many, "
+            f"or leave it out"
+        )
     build: dict[str | None, Callable[[Model, int], Shape]] = {
         "gpt2": _gpt2,
         "depth": _depth,
         "looped": _looped,
     }
-    return build[full.family](full, full.vocab_size or vocab_size)
+    return build[full.family](full, vocab)
 
 
 def number(model: Model, key: str, *, least: int = 1) -> int:

@@ -46,10 +46,10 @@ from tuppence.plan.estimate import (
     workers_of,
 )
 from tuppence.plan.hardware import Calibration, Timing
+from tuppence.plan.prices import ASSUMED_USD_PER_HOUR
+from tuppence.plan.stages import EVAL_SHARE
 
-ASSUMED_USD_PER_HOUR = 0.40
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
-EVAL_SHARE = 0.04  # of a run that its evaluations may take together
 MAX_EVALS = 10
 SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
@@ -261,12 +261,12 @@ def _warnings(
             f"machine.usd_per_hour=... says yours",
         ),
         (
-            predicted.epochs > 16,
+            predicted.epochs > loss.MANY_EPOCHS,
             "epochs_16",
             f"{predicted.epochs:.0f} epochs: more than 16 teach next to nothing new",
         ),
         (
-            4 < predicted.epochs <= 16,
+            loss.FEW_EPOCHS < predicted.epochs <= loss.MANY_EPOCHS,
             "epochs_4",
             f"{predicted.epochs:.1f} epochs: beyond 4, repeated text is worth less than new text",
         ),

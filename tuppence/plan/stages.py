@@ -38,6 +38,8 @@ COMPILE_SECONDS = 60.0  # one static graph
 IDLE_SECONDS = 60.0  # between the receipt and the end of the bill
 FETCH_BYTES_PER_SECOND = 500e6  # shards from a bucket of the same cloud: half of 10 Gbit/s
 
+EVAL_SHARE = 0.04  # of a run that its evaluations may take together
+
 # Preparation. Two cores (Zen 5) tokenise 5.0M GPT-2 tokens a second (docs/BENCHMARKS.md); a
 # rented vCPU is half a core of an older kind: 1.5M on two, 30% of what was measured.
 TOKENS_PER_SECOND_PER_VCPU = 0.75e6
@@ -201,7 +203,6 @@ def run_charges(
     save_seconds_each: float,
     save_every_seconds: float,
     eval_seconds: float,
-    compile_seconds: float = COMPILE_SECONDS,
 ) -> Charges:
     """What this machine is held for beside training. One's own has no boot and no way to fetch."""
     if save_every_seconds <= 0:
@@ -211,7 +212,7 @@ def run_charges(
     return Charges(
         provision=rented * PROVISION_SECONDS,
         install=rented * INSTALL_SECONDS,
-        compile=compile_seconds,
+        compile=COMPILE_SECONDS,
         data_wait=rented * shards / FETCH_BYTES_PER_SECOND,
         evaluate=eval_seconds,
         idle=rented * IDLE_SECONDS,
@@ -235,13 +236,10 @@ def stages(
     save_seconds_each: float,
     save_every_seconds: float,
     eval_seconds: float,
-    prepared: bool = False,
-    compile_seconds: float = COMPILE_SECONDS,
 ) -> Stages:
     """The whole bill of one run on `nodes` of these machines.
 
-    `prepared`: the shards are there already; they still have to be kept and fetched. What leaves
-    the cloud is the final checkpoint. Raises UserError where the offer has no such price.
+    What leaves the cloud is the final checkpoint. Raises UserError where there is no such price.
     """
     price = price_of(offer, spot=spot)
     charges = run_charges(
@@ -253,14 +251,13 @@ def stages(
         save_seconds_each=save_seconds_each,
         save_every_seconds=save_every_seconds,
         eval_seconds=eval_seconds,
-        compile_seconds=compile_seconds,
     )
     seconds = charged_seconds(train_seconds, charges)
     held = sum(seconds.values())
     usd = {p: machine_usd(s, usd_per_hour=price, machines=nodes) for p, s in seconds.items()}
     notes = [_spot_note(train_seconds, charges)] if spot else []
     beside = (
-        _prepare(offer, 0 if prepared else tokens_to_prepare, book=book, price=price),
+        _prepare(offer, tokens_to_prepare, book=book, price=price),
         _store(
             offer,
             stored_bytes=shard_bytes(tokens_to_prepare, vocab_size=vocab_size)
@@ -287,7 +284,6 @@ def affordable_train_seconds(
     save_seconds_each: float,
     save_every_seconds: float,
     eval_seconds: float,
-    compile_seconds: float = COMPILE_SECONDS,
 ) -> float:
     """Seconds of pure training that `usd` for the training machine's whole bill leaves; 0 where it
     does not pay for boot and set-up, infinite where the machine costs nothing.
@@ -306,7 +302,6 @@ def affordable_train_seconds(
         save_seconds_each=save_seconds_each,
         save_every_seconds=save_every_seconds,
         eval_seconds=eval_seconds,
-        compile_seconds=compile_seconds,
     )
     return training_seconds(usd / price * HOUR, charges)
 

@@ -5,7 +5,7 @@ Cheapest first, what does not fit last with its reason; intervals are 80%.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuppence.config import DataPlan, Interval, Run, Warning
@@ -123,6 +123,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
     """What would be run, on the machine at the head of the table."""
     shape, work, job = option.work.shape, option.work, option.job
+    offer = option.seller.offer
     assert job is not None
     assert option.step_seconds
     assert option.peak_memory_gib
@@ -131,7 +132,7 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
     again = ", activation checkpointing" if job.checkpointing else ""
     phases = {k: v for k, v in option.stages.usd.items() if v >= 0.005}
     rows = [
-        ("chosen", f"{_where(option)}, {_gpus(option)}: {option.seller.price}"),
+        ("chosen", f"{_where(option)}, {_gpus(option)}: {option.seller.price}; {offer.source}"),
         (
             "model",
             f"{shape.family}, {shape.layers_run:g} x {shape.n_embd}, T={shape.sequence_len}, "
@@ -163,6 +164,7 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
         ),
         ("dollars", ", ".join(f"{name} {_usd(v)}" for name, v in phases.items())),
         ("val loss", _loss_line(option)),
+        *(("note", note.partition(": ")[2]) for note in option.stages.notes),
     ]
     return "\n".join(f"{name:9s} {value}" for name, value in rows if value)
 
@@ -250,26 +252,39 @@ def _mid(interval: Interval | None) -> float | None:
 # ---------------------------------------------------------------- two runs, side by side
 
 
-def side_by_side(names: Sequence[str], chosen: Sequence[Option]) -> str:
-    """The best machine of each run, quantity by quantity."""
+def side_by_side(names: Sequence[str], chosen: Sequence[dict[str, Any]]) -> str:
+    """The best machine of each run, quantity by quantity; `chosen` are options of the document."""
 
-    def line(name: str, tell: Any) -> tuple[str, ...]:
-        return (name, *(tell(o) for o in chosen))
+    def line(name: str, key: str, form: Callable[[float], str]) -> tuple[str, ...]:
+        return (name, *(_spanned(option, key, form) for option in chosen))
 
     rows = [
         ("", *names),
-        line("machine", _where),
-        line("GPUs", _gpus),
-        line("parameters", lambda o: short(o.work.shape.params)),
-        line("GFLOP/token", lambda o: f"{o.work.shape.flops_per_token / 1e9:.3g}"),
-        line("tokens", lambda o: short(o.tokens.mid)),
-        line("tokens/s", lambda o: _span(o.tokens_per_second, short)),
-        line("hours", lambda o: _span(o.train_hours, lambda v: f"{v:.3g}")),
-        line("peak GiB", lambda o: f"{o.peak_memory_gib.mid:.1f}"),
-        line("dollars", lambda o: _span(o.usd, _usd)),
-        line("val loss", lambda o: f"{_loss(o)} {o.loss.metric if o.loss else ''}".strip()),
+        ("machine", *(f"{o['cloud']} {o['instance_type']}" for o in chosen)),
+        ("GPUs", *(f"{o['gpu_count']} {o['gpu']}" for o in chosen)),
+        line("parameters", "params", short),
+        line("FLOP/token", "flops_per_token", short),
+        line("tokens", "tokens", short),
+        line("tokens/s", "tokens_per_second", short),
+        line("hours", "train_hours", lambda v: f"{v:.3g}"),
+        line("peak GiB", "peak_memory_gib", lambda v: f"{v:.1f}"),
+        line("dollars", "usd", _usd),
+        line("val loss", "loss", lambda v: f"{v:.3f}"),
+        ("", *(o["loss_metric"] or "" for o in chosen)),
     ]
     return "\n".join(_aligned(rows))
+
+
+def _spanned(option: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
+    """One figure of an option with its interval."""
+    value = option[key]
+    if value is None:
+        return "unknown"
+    if key == "loss":
+        return f"{form(value['mid'])} ({form(value['low'])}-{form(value['high'])})"
+    middle = form(value["total"] if key == "usd" else value)
+    ends = [form(end) for end in option["intervals"].get(key, [])]
+    return f"{middle} ({ends[0]}-{ends[1]})" if ends and ends[0] != ends[1] else middle
 
 
 # ---------------------------------------------------------------- a guide's claims
@@ -277,21 +292,14 @@ def side_by_side(names: Sequence[str], chosen: Sequence[Option]) -> str:
 
 def guide_text(guide: Guide) -> str:
     """What the guide said, what its own premises give, and what arithmetic says, with why."""
-    rows: list[tuple[str, ...]] = [("claim", "", "said", "its premises", "arithmetic", "warning")]
+    rows: list[tuple[str, ...]] = [("claim", "", "said", "its premises", "arithmetic")]
     rows += [
-        (
-            c.what,
-            c.unit,
-            _figure(c.said),
-            _figure(c.as_published),
-            _figure(c.arithmetic),
-            c.code or "",
-        )
+        (c.what, c.unit, *(_figure(v) for v in (c.said, c.as_published, c.arithmetic)))
         for c in guide.claims
     ]
-    table = _aligned(rows)
-    why = [f"  {c.what}: {c.why}" for c in guide.claims]
-    return "\n".join([guide.title, *table, "why:", *why])
+    right = [f"  {c.what}: {c.why}" for c in guide.claims if c.code is None]
+    wrong = [f"warning   {c.what}: {c.why} [{c.code}]" for c in guide.claims if c.code]
+    return "\n".join([guide.title, *_aligned(rows), *right, *wrong])
 
 
 def _figure(value: float | None) -> str:
