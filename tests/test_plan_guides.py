@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tuppence import recipes
-from tuppence.plan.guides import RECIPES, Claim, depth_of, guide
+from tuppence.plan.claims import Claim, depth_of
+from tuppence.plan.guides import RECIPES, guide
 from tuppence.plan.table import guide_text
 
 PUBLISHED = Path(__file__).parent.parent / "bench" / "published" / "claims.csv"

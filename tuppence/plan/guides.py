@@ -4,15 +4,15 @@
 
 `as_published` reproduces a guide's own figure from the guide's own premises, so that a reader can
 see where it came from; `arithmetic` is what a plan says. A claim that arithmetic refutes carries
-the code of the warning that a plan of such a run raises. FLOPs as in plan/cost.py; dense peaks of
-the data sheets, named, as the guides use them.
+the code of its error. FLOPs as in plan/cost.py; dense peaks of the data sheets, named, as the
+guides use them.
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 from tuppence.plan import cost, laws, memory, throughput
+from tuppence.plan.claims import Claim, Guide, depth_of, implied_share, mfu_hours
 from tuppence.plan.cost import GIB, Shape
 from tuppence.plan.gpus import find_gpu
 from tuppence.plan.job import Gpu, Job
@@ -25,29 +25,6 @@ RECIPES = (
     "llmc_gpt2_124m",
     "depth_1000usd",
 )
-FIXED_MFU = 0.4  # of the data sheet: the premise that the second guide's hours are judged by
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One figure of a guide. `code` is None where arithmetic agrees."""
-
-    what: str
-    unit: str
-    said: float | None
-    as_published: float | None
-    arithmetic: float
-    why: str
-    code: str | None = None
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A published guide, by the number and the recipe that stand for it here."""
-
-    recipe: str
-    title: str
-    claims: tuple[Claim, ...]
 
 
 def guide(recipe: str) -> Guide | None:
@@ -55,25 +32,6 @@ def guide(recipe: str) -> Guide | None:
     builders = (_openwebtext, _four_billion, _looped, _llmc, _thousand)
     known = dict(zip(RECIPES, builders, strict=True))
     return known[recipe]() if recipe in known else None
-
-
-def mfu_hours(shape: Shape, gpu: Gpu, gpu_count: int, tokens: float, *, precision: str) -> float:
-    """Hours of `tokens` at FIXED_MFU of the data sheet's peak."""
-    rate = FIXED_MFU * gpu.sheet_tflops[precision] * 1e12 * gpu_count / shape.flops_per_token
-    return tokens / rate / 3600
-
-
-def implied_share(
-    shape: Shape, gpu: Gpu, gpu_count: int, tokens: float, hours: float, *, precision: str
-) -> float:
-    """The share of the data sheet's peak that so many tokens in so many hours need."""
-    flops = shape.flops_per_token * tokens / (hours * 3600)
-    return flops / (gpu.sheet_tflops[precision] * 1e12 * gpu_count)
-
-
-def depth_of(params: float) -> float:
-    """The dial (width 64 x depth) whose matrices hold `params` weights: 12 L (64 L)^2."""
-    return float((params / (12 * 64**2)) ** (1 / 3))
 
 
 def _openwebtext() -> Guide:
@@ -324,92 +282,100 @@ def _llmc() -> Guide:
 def _thousand() -> Guide:
     d64 = cost.depth(n_layer=64, n_head=32, n_embd=4096, vocab_size=32, sequence_len=2048)
     h100 = find_gpu("H100-PCIe")
-    tokens = 23_000 * 2**19
-    share = implied_share(d64, h100, 8, tokens, 31, precision="bf16")
-    hours = mfu_hours(d64, h100, 8, tokens, precision="bf16")
-    replicated = (2 * 4 + 4 / 8) * d64.params / GIB
-    checkpoint = cost.checkpoint_bytes(d64.params, muon_params=d64.params_body)
-    worth = effective_tokens(tokens, 350e6)
     return Guide(
         recipe="depth_1000usd",
         title="$1000 Training Setup Guide (guide 004)",
-        claims=(
-            Claim(
-                "parameters of depth 64",
-                "B",
-                4.3,
-                None,
-                d64.params / 1e9,
-                f"12 x 64 x 4096^2: width grows with depth, so parameters with its cube, also "
-                f"from its own 680M at depth 24: {0.68 * (64 / 24) ** 3:.1f}B; 4.3B is depth "
-                f"{math.floor(depth_of(4.3e9))} to {math.ceil(depth_of(4.3e9))}",
-                "rule_of_thumb_params",
-            ),
-            Claim(
-                "memory a GPU",
-                "GiB",
-                75.0,
-                None,
-                replicated,
-                f"replicated fp32 weights and gradients and 1/8 of the momentum, before any "
-                f"activation; the card has {h100.memory_gib:.0f}",
-                "replicated_state",
-            ),
-            Claim(
-                "training time",
-                "h",
-                31.0,
-                math.floor(1000 / (8 * 4)),
-                hours,
-                f"31 h are what $1,000 buys at 8 x $4/h, and need {share:.0%} of the data "
-                f"sheet's peak; this is 40% of it",
-                "faster_than_possible",
-            ),
-            Claim(
-                "cost",
-                "USD",
-                992.0,
-                8 * 31 * 4,
-                hours * 32,
-                "of those hours at 8 x $4/h",
-                "faster_than_possible",
-            ),
-            Claim(
-                "tokens a step",
-                "",
-                524_288.0,
-                524_288.0,
-                8.0 * 4 * 2048,
-                "8 GPUs x 4 sequences x 2,048: 524,288 takes 8 accumulation steps",
-                "batch_mismatch",
-            ),
-            Claim(
-                "checkpoint",
-                "GB",
-                17.0,
-                10.7 + 8 * 0.8,
-                checkpoint / 1e9,
-                f"fp32 weights and momentum; 31 of them are {31 * checkpoint / 1e12:.1f} TB, "
-                f"not 0.5",
-                "checkpoint_vs_disk",
-            ),
-            Claim(
-                "passes over 350M tokens",
-                "epochs",
-                34.0,
-                tokens / 350e6,
-                tokens / 350e6,
-                f"worth about {worth / 1e9:.1f}B unique tokens at most",
-                "epochs_16",
-            ),
-            Claim(
-                "stops at the budget",
-                "",
-                1.0,
-                None,
-                0.0,
-                "its stop is a step count from an estimate; no clock and no meter ends it",
-                "no_wall_clock_stop",
-            ),
+        claims=(*_thousand_model(d64, h100), *_thousand_run(d64, h100)),
+    )
+
+
+def _thousand_model(d64: Shape, h100: Gpu) -> tuple[Claim, ...]:
+    replicated = (2 * 4 + 4 / 8) * d64.params / GIB
+    checkpoint = cost.checkpoint_bytes(d64.params, muon_params=d64.params_body)
+    return (
+        Claim(
+            "parameters of depth 64",
+            "B",
+            4.3,
+            None,
+            d64.params / 1e9,
+            f"12 x 64 x 4096^2: width grows with depth, so parameters with its cube, also "
+            f"from its own 680M at depth 24: {0.68 * (64 / 24) ** 3:.1f}B; 4.3B is depth "
+            f"{math.floor(depth_of(4.3e9))} to {math.ceil(depth_of(4.3e9))}",
+            "rule_of_thumb_params",
+        ),
+        Claim(
+            "memory a GPU",
+            "GiB",
+            75.0,
+            None,
+            replicated,
+            f"replicated fp32 weights and gradients and 1/8 of the momentum, before any "
+            f"activation; the card has {h100.memory_gib:.0f}",
+            "replicated_state",
+        ),
+        Claim(
+            "checkpoint",
+            "GB",
+            17.0,
+            10.7 + 8 * 0.8,
+            checkpoint / 1e9,
+            f"fp32 weights and momentum; 31 of them are {31 * checkpoint / 1e12:.1f} TB, not 0.5",
+            "checkpoint_vs_disk",
+        ),
+    )
+
+
+def _thousand_run(d64: Shape, h100: Gpu) -> tuple[Claim, ...]:
+    tokens = 23_000 * 2**19
+    share = implied_share(d64, h100, 8, tokens, 31, precision="bf16")
+    hours = mfu_hours(d64, h100, 8, tokens, precision="bf16")
+    worth = effective_tokens(tokens, 350e6)
+    return (
+        Claim(
+            "training time",
+            "h",
+            31.0,
+            math.floor(1000 / (8 * 4)),
+            hours,
+            f"31 h are what $1,000 buys at 8 x $4/h, and need {share:.0%} of the data "
+            f"sheet's peak; this is 40% of it",
+            "faster_than_possible",
+        ),
+        Claim(
+            "cost",
+            "USD",
+            992.0,
+            8 * 31 * 4,
+            hours * 32,
+            "of those hours at 8 x $4/h",
+            "faster_than_possible",
+        ),
+        Claim(
+            "tokens a step",
+            "",
+            524_288.0,
+            524_288.0,
+            8.0 * 4 * 2048,
+            "8 GPUs x 4 sequences x 2,048: 524,288 takes 8 accumulation steps",
+            "batch_mismatch",
+        ),
+        Claim(
+            "passes over 350M tokens",
+            "epochs",
+            34.0,
+            tokens / 350e6,
+            tokens / 350e6,
+            f"worth about {worth / 1e9:.1f}B unique tokens at most",
+            "epochs_16",
+        ),
+        Claim(
+            "stops at the budget",
+            "",
+            1.0,
+            None,
+            0.0,
+            "its stop is a step count from an estimate; no clock and no meter ends it",
+            "no_wall_clock_stop",
         ),
     )

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuppence.config import DataPlan, Interval, Run, Warning
+from tuppence.plan.claims import Guide
 from tuppence.plan.describe import between
-from tuppence.plan.guides import Guide
 from tuppence.plan.options import Option
 from tuppence.plan.prices import Book
 from tuppence.plot import Curve, curves_plot, short
