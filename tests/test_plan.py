@@ -450,3 +450,20 @@ def test_planning_imports_no_torch() -> None:
     )
     words = [sys.executable, "-c", program]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin the peak anew")
+def test_what_was_freed_does_not_count_for_what_comes_after() -> None:
+    """Many blocks below malloc's mmap threshold, freed but for the last: glibc keeps them."""
+    program = (
+        "from tuppence import host\n"
+        "blocks = [bytearray(100_000) for _ in range(3_000)]\n"
+        "last = bytearray(100_000)\n"
+        "del blocks\n"
+        "host.forget_peak_rss()\n"
+        "print(host.peak_rss_gib())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.1

@@ -128,6 +128,6 @@ def test_a_guide_as_text_shows_said_premises_and_arithmetic() -> None:
     told = guide("depth_1000usd")
     assert told is not None
     text = guide_text(told)
-    assert "said  its premises  arithmetic" in text
+    assert "said  its premises give  arithmetic says" in text
     assert text.count("faster_than_possible") == 2
     assert all(c.why in text for c in told.claims)

@@ -15,7 +15,7 @@ from tuppence.errors import UserError
 from tuppence.plan import laws
 from tuppence.plan.flags import flags
 from tuppence.plan.market import sellers
-from tuppence.plan.options import Option, Standing, options, ranked
+from tuppence.plan.options import Option, Standing, options, ranked, usd_per_flop
 from tuppence.plan.prices import Book, price_book
 from tuppence.plan.table import document, options_text, plot
 from tuppence.plan.work import DEPTHS
@@ -58,7 +58,7 @@ def told(option: Option) -> dict[str, float]:
 def test_every_priced_machine_is_in_the_table_once_per_terms(book: Book) -> None:
     run = asked("llmc_gpt2_124m")
     found = options(run, corpus(), book)
-    assert len(found) == len(sellers(run.machine, book))
+    assert len(found) == len(sellers(run.machine, book, in_dollars=False))
     priced = [o for o in book.offers if o.gpu_count]
     terms = sum((o.usd_per_hour is not None) + (o.spot_usd_per_hour is not None) for o in priced)
     assert len(found) == terms > 80
@@ -122,7 +122,8 @@ def test_too_small_a_budget_says_what_would_buy_a_step(book: Book) -> None:
     ("words", "expected"),
     [
         (["machine.gpu=A10G"], {"A10G-24GB"}),
-        (["machine.gpu=A100-80GB"], {"A100-80GB-SXM4"}),
+        (["machine.gpu=A100-80GB"], {"A100-80GB-SXM4", "A100-80GB-PCIe"}),
+        (["machine.gpu=A100-80GB-PCIe"], {"A100-80GB-PCIe"}),
         (["machine.cloud=lambda", "machine.gpu_count=8"], None),
         (["machine.spot=on"], None),
         (["machine.instance_type=p5.48xlarge"], {"H100-80GB-SXM5"}),
@@ -366,20 +367,35 @@ def test_without_a_known_loss_the_size_is_compute_optimal(book: Book) -> None:
 
 
 def test_ranks() -> None:
-    cheap = Standing(fits=True, usd=1.0, flops=1.0, loss=3.0)
-    dear = Standing(fits=True, usd=2.0, flops=4.0, loss=2.9)
-    never = Standing(fits=False, usd=math.inf, flops=0.0, loss=None)
-    fixed, dollars = Budget(tokens=1), Budget(usd=2.0)
+    cheap = Standing(fits=True, usd=1.0, usd_per_flop=1.0, loss=3.0)
+    dear = Standing(fits=True, usd=2.0, usd_per_flop=0.5, loss=2.9)
+    never = Standing(fits=False, usd=math.inf, usd_per_flop=math.inf, loss=None)
+    fixed, dollars, hours = Budget(tokens=1), Budget(usd=2.0), Budget(hours=1.0)
     assert ranked([never, dear, cheap], fixed) == [2, 1, 0]
     assert ranked([never, cheap, dear], dollars) == [2, 1, 0]  # the lower loss
-    hours = Budget(hours=1.0)
     assert ranked([never, cheap, dear], hours) == [2, 1, 0]  # fewer dollars for the work
     tied = dataclasses.replace(cheap, usd=0.5)
     assert ranked([cheap, tied], dollars) == [1, 0]  # the same loss for less
     unknown = dataclasses.replace(cheap, loss=None)
     assert ranked([unknown, dear], dollars) == [1, 0]  # what is promised before what is not
-    more = dataclasses.replace(unknown, flops=9.0)
+    more = dataclasses.replace(unknown, usd_per_flop=0.1)
     assert ranked([unknown, more], dollars) == [1, 0]
+
+
+def test_text_that_is_used_up_makes_no_machine_better() -> None:
+    """Twice the money for twice the passes beyond the sixteenth is worth as much as it was."""
+    some = usd_per_flop(10.0, tokens=16e6, unique=1e6, flops_per_token=1.0)
+    twice = usd_per_flop(20.0, tokens=32e6, unique=1e6, flops_per_token=1.0)
+    assert twice == pytest.approx(some)
+    fresh = usd_per_flop(10.0, tokens=16e6, unique=1e9, flops_per_token=1.0)
+    assert fresh == pytest.approx(10.0 / 16e6)
+    assert some > fresh
+
+
+def test_dollars_need_a_price(book: Book) -> None:
+    run = asked("llmc_gpt2_124m", "machine.gpu=MI300X", "budget.usd=20")
+    with pytest.raises(UserError, match="budget in dollars needs a price"):
+        options(run, corpus(), book)
 
 
 # ---------------------------------------------------------------- flags
@@ -453,16 +469,36 @@ def test_what_does_not_fit_is_in_the_document_with_its_reason(book: Book) -> Non
     assert json.dumps(said, allow_nan=False)
 
 
-def test_the_table_shows_the_cheapest_and_counts_the_rest(book: Book) -> None:
+def test_the_table_shows_the_best_and_counts_the_rest(book: Book) -> None:
     found = options(asked("llmc_gpt2_124m", "budget.usd=3"), corpus(), book)
-    text = options_text(found, rows=3)
+    text = options_text([document(o) for o in found], rows=3)
     lines = text.splitlines()
     assert lines[0].split()[:2] == ["machine", "GPUs"]
     assert found[0].seller.offer.instance_type in lines[1]
     assert "more that fit" in text
     refused = sum(not o.fits for o in found)
     assert f"{refused} of {len(found)} cannot:" in text
-    assert len({len(line) for line in lines[1:4]}) <= 2  # aligned
+    assert "the budget does not buy boot" in text
+    assert len({len(line) for line in lines[1:4]}) == 1  # aligned
+
+
+def test_a_narrow_screen_loses_columns_not_the_total(book: Book) -> None:
+    found = [document(o) for o in options(asked("llmc_gpt2_124m"), corpus(), book)]
+    wide = options_text(found).splitlines()[0]
+    for width in (150, 120, 100, 80):
+        lines = options_text(found, width=width).splitlines()[:5]
+        assert max(map(len, lines)) <= width
+        assert {"machine", "total", "tokens/s"} <= set(lines[0].split())
+        assert len(lines[0].split()) < len(wide.split())
+
+
+def test_a_machine_that_stands_twice_is_told_by_its_region(book: Book) -> None:
+    words = ["machine.instance_type=p4d.24xlarge", "machine.spot=off"]
+    text = options_text(
+        [document(o) for o in options(asked("llmc_gpt2_124m", *words), corpus(), book)]
+    )
+    assert "aws p4d.24xlarge us-east-1" in text
+    assert "aws p4d.24xlarge ap-south-1" in text
 
 
 def test_the_plot_has_a_curve_for_each_machine(book: Book) -> None:

@@ -144,14 +144,40 @@ def test_the_default_stays_on_this_machine(plan: Command) -> None:
     assert document["plan"]["name"] == "shakespeare"
 
 
-def test_this_machine_stands_among_the_others(plan: Command) -> None:
-    document = plan("llmc_gpt2_124m", "--json").document
-    (here,) = [option for option in document["options"] if option["cloud"] == "local"]
+def test_this_machine_stands_among_the_others(plan: Command, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("to be or not to be, that is the question. " * 30_000)
+    words = ["gpt2_124m", "data.source=own.txt", "train.batch_tokens=65536", "budget.steps=500"]
+    document = plan(*words, "--json").document
+    (here,) = [option for option in document["options"] if option["here"]]
     assert here["fits"]
     dollars = [option["usd"]["total"] for option in document["options"] if option["fits"]]
     assert dollars == sorted(dollars)
-    read = plan("llmc_gpt2_124m")
-    assert "here      " in read.out  # in a line: it would take months
+    read = plan(*words)
+    assert "this machine" in read.out
+    assert "chosen    " in read.out
+
+
+def test_a_corpus_known_by_its_name_is_not_trained_here(plan: Command) -> None:
+    document = plan("llmc_gpt2_124m", "--json").document
+    assert not any(option["here"] for option in document["options"])
+    assert "prepares from files" in document["not_here"]
+    assert document["warnings"][-1]["code"] == "plan_only"
+
+
+def test_all_that_cannot_be_trained_is_said_at_once(plan: Command) -> None:
+    not_here = plan("budget.usd=100", "data.source=fineweb_edu", "--json").document["not_here"]
+    assert "model.family=depth" in not_here
+    assert "train.optimizer=muon" in not_here
+
+
+def test_doubts_about_ones_own_prices_are_said(plan: Command, tmp_path: Path) -> None:
+    prices = tmp_path / "mine.csv"
+    header = "cloud,instance_type,accelerator,accelerator_count,price_usd_h"
+    prices.write_text(f"{header}\nlab,box,Foo9000,1,cheap\n", encoding="utf-8")
+    answer = plan("llmc_gpt2_124m", "--prices", str(prices))
+    assert answer.code == 0
+    assert "mine.csv:2" in answer.err
+    assert "cheap" in answer.err
 
 
 def test_more_words_for_less(plan: Command) -> None:
@@ -206,7 +232,7 @@ def test_words_that_cannot_be_followed_are_not_ignored(
 
 def test_a_price_alone_is_that_of_this_machine(plan: Command) -> None:
     document = plan("machine.usd_per_hour=0.5", "--json").document
-    (here,) = [option for option in document["options"] if option["cloud"] == "local"]
+    (here,) = [option for option in document["options"] if option["here"]]
     assert here["usd_per_hour"] == 0.5
     assert len(document["options"]) > 80  # the book keeps its own
 

@@ -17,6 +17,12 @@ from typing import Any, NoReturn
 from tuppence import __version__
 from tuppence.errors import DoesNotFit, Fault, UserError
 
+PLAN_EXAMPLES = """examples:
+  tuppence plan budget.usd=100 data.source=fineweb_edu        what $100 of web text is worth
+  tuppence plan gpt2_124m data.source='texts/*.jsonl' budget.hours=12
+  tuppence plan llmc_gpt2_124m machine.gpu=4090 machine.usd_per_hour=0.35
+  tuppence plan nanogpt_4b_tokens --as-published              a guide beside arithmetic
+keys: docs/recipes.md; columns and warnings: docs/plan.md"""
 RECIPE_VERBS = {
     "run": ("plan, prepare, train, evaluate, sample, receipt: the main job", "budget.usd=0.05"),
     "plan": ("what it will cost, take, need and reach, before anything is spent", "budget.hours=2"),
@@ -142,7 +148,13 @@ def _common(sub: argparse.ArgumentParser) -> None:
 
 def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub = verbs.add_parser(
-        verb, help=text, description=text, epilog=f"example: tuppence {verb} shakespeare {example}"
+        verb,
+        help=text,
+        description=text,
+        epilog=PLAN_EXAMPLES
+        if verb == "plan"
+        else f"example: tuppence {verb} shakespeare {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument(
         "words",

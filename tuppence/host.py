@@ -1,6 +1,8 @@
 """Facts about the process and the machine under it; the thread settings torch starts with."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -38,7 +40,15 @@ def peak_rss_gib() -> float | None:
 
 
 def forget_peak_rss() -> None:
-    """Begin the peak anew from here on, where the system can (Linux)."""
+    """Begin the peak anew from here on, where the system can (Linux).
+
+    What was freed before is given back first (glibc keeps it), or it would count as still in use.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
     with contextlib.suppress(OSError):  # a system that cannot keeps the peak since the start
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 import time
 
 PLAIN_SECONDS = 10.0
@@ -61,3 +62,21 @@ class Live:
         if self.terminal and self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
             self._width = 0
+
+
+def screen_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(text: str, *, width: int | None = None) -> str:
+    """Lines of `name      value` that are wider than the screen, continued under their value."""
+    width = width or screen_width()
+    if width is None or width < 40:
+        return text
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=" " * 10, break_long_words=False)
+        if len(line) > width and "  " in line[:12]
+        else line
+        for line in text.split("\n")
+    )

@@ -32,6 +32,7 @@ from tuppence.plan.estimate import rounds
 from tuppence.plan.solve import solve
 from tuppence.train.pace import finish_seconds
 
+NOTES = ("data_estimated", "plan_only")
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
 
 
@@ -211,9 +212,10 @@ def _device(run: Run) -> str:
 
 
 def refuse_warnings(warnings: Sequence[Warning], args: Namespace) -> None:
-    """`--strict` turns warnings into a refusal."""
-    if args.strict and warnings:
-        raise DoesNotFit("--strict: " + "; ".join(f"{w.code}: {w.message}" for w in warnings))
+    """`--strict` turns warnings into a refusal, but for what is only said of every such plan."""
+    serious = [w for w in warnings if w.code not in NOTES]
+    if args.strict and serious:
+        raise DoesNotFit("--strict: " + "; ".join(f"{w.code}: {w.message}" for w in serious))
 
 
 # ---------------------------------------------------------------- spent

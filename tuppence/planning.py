@@ -8,6 +8,7 @@ What this version cannot train here it can still plan.
 
 import dataclasses
 import datetime
+import itertools
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -18,16 +19,17 @@ from typing import Any
 from tuppence import config, host, recipes
 from tuppence.config import DataPlan, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.pipeline import named, solved, surveyed, threads_of
+from tuppence.live import folded, screen_width
+from tuppence.pipeline import named, refuse_unprepared, say, solved, surveyed, threads_of
 from tuppence.plan import shapes
 from tuppence.plan.asked import check_budget, check_trainable, check_values
 from tuppence.plan.cost import Shape
-from tuppence.plan.describe import in_a_line, local_option, plan_text
+from tuppence.plan.describe import local_option, plan_text
 from tuppence.plan.flags import flags
-from tuppence.plan.loss import effective_tokens
+from tuppence.plan.loss import Group, comparable, find_group
 from tuppence.plan.market import Seller
-from tuppence.plan.options import Option, Standing, option_of, options, ranked
-from tuppence.plan.prices import LOCAL, Book, price_book
+from tuppence.plan.options import Option, Standing, option_of, options, ranked, usd_per_flop
+from tuppence.plan.prices import Book, price_book
 from tuppence.plan.table import (
     ROWS,
     chosen_text,
@@ -38,6 +40,7 @@ from tuppence.plan.table import (
     side_by_side,
     warnings_text,
 )
+from tuppence.plan.work import optimizer_of
 
 QUICK_SECONDS = 2.0  # of a step that a plan may measure by itself
 LONG_HOURS = 72.0  # a run that takes longer here is shown in a line
@@ -61,6 +64,16 @@ class Planned:
         return self.options[0] if self.options and self.options[0].fits else None
 
     @property
+    def group(self) -> Group | None:
+        """Whose law predicts the loss."""
+        return find_group(
+            source=self.data.source,
+            tokenizer=self.data.tokenizer,
+            family=shapes.laid_out(self.run.model).family or "",
+            optimizer=optimizer_of(self.run),
+        )
+
+    @property
     def chosen_shape(self) -> Shape:
         assert self.chosen is not None
         return self.chosen.work.shape
@@ -75,7 +88,7 @@ class Planned:
 
     @property
     def best_is_here(self) -> bool:
-        return self.here is not None and self.documents[0]["cloud"] == LOCAL
+        return bool(self.documents[0]["here"])
 
     @cached_property
     def warnings(self) -> list[Warning]:
@@ -94,6 +107,8 @@ def planned(args: Namespace) -> list[Planned]:
     specs = [word for word in args.words if "=" not in word]
     overrides = [word for word in args.words if "=" in word]
     book = price_book(Path(args.prices) if args.prices else None)
+    for problem in book.mine:
+        say(f"{problem.row}: {problem.message} [{problem.code}]")
     return [_planned(spec, overrides, book) for spec in specs or [_default(overrides)]]
 
 
@@ -143,6 +158,7 @@ def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit 
     """The plan that `run` would follow here; or why not, where that is no fault of the words."""
     try:
         check_trainable(run)
+        refuse_unprepared(run.data.source or "")
     except (UserError, DoesNotFit) as error:
         return None, error
     if _elsewhere(run):
@@ -171,16 +187,17 @@ def _nothing_fits(found: list[Option]) -> str:
 def text(found: Planned, *, every: bool) -> str:
     """The plan as a person reads it."""
     parts = []
-    if found.here is not None:
-        long = found.chosen is not None and found.here.predicted.hours.mid > LONG_HOURS
-        parts.append(in_a_line(found.here) if long else plan_text(found.here))
+    if found.here is not None and found.here.predicted.hours.mid <= LONG_HOURS:
+        parts.append(plan_text(found.here))
     if found.options:
-        rows = len(found.options) if every else ROWS
-        parts.append(options_text(found.options, rows=rows))
-    if found.chosen is not None and not found.best_is_here:
+        rows = len(found.documents) if every else ROWS
+        parts.append(options_text(found.documents, rows=rows, width=screen_width()))
+    if found.best_is_here:
+        parts.append("chosen    this machine: tuppence run, with the same words, does it")
+    elif found.chosen is not None:
         parts.append(chosen_text(found.run, found.data, found.chosen))
         parts.append(warnings_text(found.warnings))
-    return "\n\n".join(part for part in parts if part)
+    return folded("\n\n".join(part for part in parts if part))
 
 
 def as_document(found: Planned) -> dict[str, Any]:
@@ -205,13 +222,16 @@ def _dollars(option: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _standing(option: dict[str, Any], data: DataPlan) -> Standing:
-    worth = effective_tokens(option["tokens"] or 0.0, float(data.train_tokens))
-    return Standing(
-        fits=option["fits"],
-        usd=option["usd"]["total"] if option["usd"] else math.inf,
-        flops=worth * option["flops_per_token"],
-        loss=option["loss"]["mid"] if option["loss"] else None,
+    if not option["fits"]:
+        return Standing(False, math.inf, math.inf, None)
+    usd = option["usd"]["total"]
+    each = usd_per_flop(
+        usd,
+        tokens=option["tokens"],
+        unique=float(data.train_tokens),
+        flops_per_token=option["flops_per_token"],
     )
+    return Standing(True, usd, each, option["loss"]["mid"] if option["loss"] else None)
 
 
 def compared(found: list[Planned]) -> str:
@@ -225,35 +245,18 @@ def compared(found: list[Planned]) -> str:
 
 
 def incomparable(found: list[Planned]) -> list[Warning]:
-    """Why the losses of the first run and the others cannot be compared."""
-    names = [str(each.run.name) for each in found]
+    """Of each pair of runs, why their losses cannot be compared."""
     return [
-        Warning("losses_not_comparable", f"{names[0]} and {name}: {why}")
-        for name, why in zip(names[1:], _incomparable(found), strict=True)
-        if why
+        Warning("losses_not_comparable", f"{a.run.name} and {b.run.name}: {why}")
+        for a, b in itertools.combinations(found, 2)
+        if (why := _why_incomparable(a.group, b.group))
     ]
 
 
-def _incomparable(found: list[Planned]) -> list[str | None]:
-    from tuppence.plan import loss
-
-    def group(each: Planned) -> loss.Group | None:
-        return loss.find_group(
-            source=each.data.source,
-            tokenizer=each.data.tokenizer,
-            family=shapes.laid_out(each.run.model).family or "",
-            optimizer=each.run.train.optimizer or "adamw",
-        )
-
-    first = group(found[0])
-    out: list[str | None] = []
-    for each in found[1:]:
-        other = group(each)
-        if first is None or other is None:
-            out.append("not comparable: no loss is known for one of them")
-        else:
-            out.append(loss.comparable(first, other))
-    return out
+def _why_incomparable(a: Group | None, b: Group | None) -> str | None:
+    if a is None or b is None:
+        return "not comparable: no loss is known for one of them"
+    return comparable(a, b)
 
 
 def drawn(found: Planned) -> str:
@@ -263,7 +266,8 @@ def drawn(found: Planned) -> str:
         raise DoesNotFit("--plot: no rented machine fits, so there is nothing to draw")
     seen: dict[str, Option] = {}
     for option in fitting:  # the best of each kind of machine
-        seen.setdefault(f"{option.seller.offer.gpu_count} x {option.gpu.name}", option)
+        told = document(option)
+        seen.setdefault(f"{told['gpu_count']} {told['gpu']}", option)
     assert fitting[0].usd is not None
     budgets = log_steps(fitting[0].usd.mid)
     curves = []
@@ -271,7 +275,8 @@ def drawn(found: Planned) -> str:
         points = [_at(found, option.seller, usd) for usd in budgets]
         line = [point for point in points if point.fits]
         if len(line) > 1:
-            curves.append((label, line))
+            terms = " spot" if option.seller.spot else ""
+            curves.append((f"{label}, {option.seller.offer.cloud}{terms}", line))
     if not curves:
         raise DoesNotFit("--plot: the budget is too near the cost of booting a machine to vary it")
     return plot(curves, name=str(found.run.name))

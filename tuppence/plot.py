@@ -76,7 +76,7 @@ def curves_plot(curves: Sequence[Curve], *, title: str, x_label: str, y_label: s
     every = [point for curve in curves for point in curve.points]
     low_x, high_x = (math.log(f(p[0] for p in every)) for f in (min, max))
     low_y, high_y = min(p[1] for p in every), max(p[3] for p in every)
-    left, right, height, top = 70, 180, 420, 34
+    left, right, height, top = 70, 290, 420, 34
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (math.log(x) - low_x) / ((high_x - low_x) or 1.0)
@@ -156,7 +156,7 @@ def _axes(
 
 def short(value: float) -> str:
     """12,345,678 as 12.3M."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{name}"
     return f"{value:.3g}"

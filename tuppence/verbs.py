@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -216,7 +217,8 @@ def list_recipes(args: Namespace) -> Document:
     if not args.json:
         for name, recipe in known.items():
             print(f"{name:20s} {(recipe.__doc__ or '').strip().splitlines()[0]}")
-            print("             " + " ".join(f"{k}={v}" for k, v in config.asked(recipe()).items()))
+            words = " ".join(f"{k}={v}" for k, v in config.asked(recipe()).items())
+            print(textwrap.indent(textwrap.fill(words, 96), "    "))
     return {name: config.asked(recipe()) for name, recipe in known.items()}
 
 

@@ -81,10 +81,13 @@ def check_trainable(run: Run) -> None:
         ("machine.gpu_count", run.machine.gpu_count, (0, 1)),
         ("machine.nodes", run.machine.nodes, (1,)),
     ]
-    for key, value, allowed in only:
-        if value is not None and value not in allowed:
-            there_are = " or ".join(str(a) for a in allowed)
-            raise UserError(f"{key}={value}: this version trains {there_are}; it can be planned")
+    cannot = [
+        f"{key}={value}: this version trains {' or '.join(str(a) for a in allowed)}"
+        for key, value, allowed in only
+        if value is not None and value not in allowed
+    ]
+    if cannot:
+        raise UserError("; ".join(cannot) + " (tuppence plan plans it)")
     elsewhere = {
         "machine.cloud": run.machine.cloud,
         "machine.instance_type": run.machine.instance_type,

@@ -101,6 +101,7 @@ def local_option(plan: Plan) -> dict[str, Any]:
     }
     on_gpu = machine.device == "cuda"
     return {
+        "here": True,
         "cloud": "local",
         "instance_type": machine.name,
         "region": "",

@@ -15,6 +15,7 @@ from tuppence.plan.work import fixed_tokens
 
 POSSIBLE = 0.85  # of the measured matmul ceiling: no published run is above it in bf16
 FEWEST_STEPS = 50
+BESIDE = 0.05  # of a dollar budget, that is said when it is spent beside it
 R_SIGMA = 0.5  # of the looped family's log-normal number of iterations
 
 
@@ -25,6 +26,7 @@ def flags(run: Run, data: DataPlan, option: Option, *, year: int) -> list[Warnin
         *_data(data, option),
         *_steps(option),
         *_money(run, option, year),
+        *_beside(run, option),
         *_disk(run, option),
         *_told(option),
         *_loops(run),
@@ -74,7 +76,15 @@ def _data(data: DataPlan, option: Option) -> Found:
         f"{option.epochs:.1f} epochs of {data.train_tokens:,} tokens, worth {worth:,.0f} new ones"
     )
     if option.epochs > MANY_EPOCHS:
-        found.append(("epochs_16", f"{told}: beyond 16 epochs repeats teach next to nothing"))
+        assert option.stages is not None
+        used = MANY_EPOCHS / option.epochs * option.stages.training_usd
+        found.append(
+            (
+                "epochs_16",
+                f"{told}: beyond 16 epochs repeats teach next to nothing; here they are reached "
+                f"after about ${used:,.2f}",
+            )
+        )
     elif option.epochs > FEW_EPOCHS:
         found.append(("epochs_4", f"{told}: beyond 4 epochs a repeat is worth less than new text"))
     if not data.exact:
@@ -123,6 +133,22 @@ def _money(run: Run, option: Option, year: int) -> Found:
                 ("stale_price", f"the price of {offer.instance_type} is of {offer.date}: ask again")
             )
     return found
+
+
+def _beside(run: Run, option: Option) -> Found:
+    """A budget in dollars is the training machine's; what stands beside it can be more than a
+    trifle."""
+    assert option.stages is not None
+    beside = option.stages.total_usd - option.stages.training_usd
+    if run.budget.usd is None or beside <= BESIDE * run.budget.usd:
+        return []
+    return [
+        (
+            "beside_budget",
+            f"preparation, storage and egress cost ${beside:,.2f} beside the budget of "
+            f"${run.budget.usd:,.2f}",
+        )
+    ]
 
 
 def _disk(run: Run, option: Option) -> Found:

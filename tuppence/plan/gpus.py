@@ -72,6 +72,21 @@ def find_gpu(name: str) -> Gpu:
     raise UserError(f"machine.gpu={name} is not in the table of cards; {hint}")
 
 
+@lru_cache(maxsize=1024)
+def cards_meant(name: str) -> frozenset[str]:
+    """Every card that a name may mean: A100 is four, A100-80GB two, A100-80GB-PCIe one."""
+    find_gpu(name)  # or says what is near
+    if name in gpus():
+        return frozenset({name})
+    chip, form, memory_gb = _parse(name)
+    alike = ((n, _parse(n)) for n in gpus())
+    return frozenset(
+        n
+        for n, (its_chip, its_form, its_gb) in alike
+        if its_chip == chip and form in (None, its_form) and memory_gb in (None, its_gb)
+    ) or frozenset({find_gpu(name).name})
+
+
 def ceiling_tflops(gpu: Gpu, precision: str) -> tuple[float, str]:
     """What a large matmul reaches on this card, and where the number is from."""
     if precision in gpu.measured_tflops:

@@ -179,7 +179,8 @@ def _looped() -> Guide:
                 said,
                 hours,
                 f"{said:g} h need {share:.1f}x the data sheet's {precision} peak; this is 40% of "
-                f"it, ${hours * price:,.0f}; the roofline says {roofline}",
+                f"it, ${hours * price:,.0f} at the guide's ${price:g}/h; the roofline says "
+                f"{roofline}",
                 "faster_than_possible",
             )
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tuppence.config import Machine, nearest
 from tuppence.errors import UserError
-from tuppence.plan.gpus import find_gpu
+from tuppence.plan.gpus import cards_meant, find_gpu
 from tuppence.plan.offers import Offer
 from tuppence.plan.prices import (
     ASSUMED_USD_PER_HOUR,
@@ -34,10 +34,11 @@ class Seller:
     assumed: bool = False
 
 
-def sellers(machine: Machine, book: Book) -> list[Seller]:
+def sellers(machine: Machine, book: Book, *, in_dollars: bool) -> list[Seller]:
     """All machines with GPUs that answer to `machine`, on demand and spot.
 
-    Raises UserError where a value names nothing in the book.
+    Raises UserError where a value names nothing in the book, and where dollars are the budget
+    (`in_dollars`) of a card that nothing prices.
     """
     _check_names(machine, book)
     found = [offer for offer in book.offers if offer.gpu_count and _answers(offer, machine)]
@@ -49,7 +50,13 @@ def sellers(machine: Machine, book: Book) -> list[Seller]:
         return priced
     if machine.gpu is None or machine.cloud or machine.instance_type:
         raise UserError(_nothing(machine))
-    return [_assumed(machine, book)]
+    found_price = _assumed(machine, book)
+    if in_dollars and found_price.usd_per_hour == ASSUMED_USD_PER_HOUR:
+        raise UserError(
+            f"machine.gpu={machine.gpu}: no row prices it, and a budget in dollars needs a price; "
+            f"add machine.usd_per_hour=..., or give the budget in hours or tokens"
+        )
+    return [found_price]
 
 
 def _answers(offer: Offer, machine: Machine) -> bool:
@@ -65,7 +72,7 @@ def _answers(offer: Offer, machine: Machine) -> bool:
 
 
 def _same_card(offer: Offer, gpu: str | None) -> bool:
-    return gpu is None or (offer.gpu is not None and offer.gpu == find_gpu(gpu).name)
+    return gpu is None or offer.gpu in cards_meant(gpu)
 
 
 def _terms(offer: Offer, spot: bool | None) -> list[Seller]:

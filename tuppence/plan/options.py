@@ -21,6 +21,7 @@ from tuppence.plan.gpus import ceiling_tflops, find_gpu
 from tuppence.plan.job import Gpu, Job
 from tuppence.plan.layout import Layout, lay_out
 from tuppence.plan.loss import (
+    MANY_EPOCHS,
     Group,
     Prediction,
     effective_tokens,
@@ -97,7 +98,9 @@ def options(run: Run, data: DataPlan, book: Book) -> list[Option]:
     Raises UserError where values contradict or nothing in the book answers to machine.*.
     """
     request = _request(run, data, book)
-    found = [_best(request, seller) for seller in sellers(run.machine, book)]
+    in_dollars = run.budget.usd is not None
+    market = sellers(run.machine, book, in_dollars=in_dollars)
+    found = [_best(request, seller) for seller in market]
     if all(option.contradicts for option in found):
         raise UserError(found[0].why_not or "")
     return [found[i] for i in ranked([_standing(request, o) for o in found], run.budget)]
@@ -127,11 +130,12 @@ def _request(run: Run, data: DataPlan, book: Book) -> Request:
 
 @dataclass(frozen=True)
 class Standing:
-    """What an option is ordered by. `flops` are those of new text: repeats count for less."""
+    """What an option is ordered by. `usd_per_flop` is of training on new text: repeats count for
+    less, and what is spent beyond MANY_EPOCHS for nothing."""
 
     fits: bool
     usd: float
-    flops: float
+    usd_per_flop: float
     loss: float | None
 
 
@@ -141,22 +145,33 @@ def ranked(standings: Sequence[Standing], budget: Budget) -> list[int]:
 
     def key(i: int) -> tuple[bool, bool, float, float]:
         s = standings[i]
-        each = s.usd / max(s.flops, 1.0)
         if not s.fits or (budget.usd is None and budget.hours is None):
             return not s.fits, False, s.usd, s.usd
         if budget.usd is None or s.loss is None:
-            return False, budget.usd is not None, each, s.usd
+            return False, budget.usd is not None, s.usd_per_flop, s.usd
         return False, False, round(s.loss, 4), s.usd
 
     return sorted(range(len(standings)), key=key)
 
 
+def usd_per_flop(usd: float, *, tokens: float, unique: float, flops_per_token: float) -> float:
+    """Dollars for training FLOPs of new text, of the part of a run that learns from its text."""
+    used = min(tokens, MANY_EPOCHS * unique)
+    worth = effective_tokens(used, unique) * flops_per_token
+    return usd * used / max(tokens, 1.0) / max(worth, 1.0)
+
+
 def _standing(request: Request, option: Option) -> Standing:
     if option.usd is None or option.tokens is None:
-        return Standing(False, math.inf, 0.0, None)
-    worth = effective_tokens(option.tokens.mid, float(request.data.train_tokens))
+        return Standing(False, math.inf, math.inf, None)
+    each = usd_per_flop(
+        option.usd.mid,
+        tokens=option.tokens.mid,
+        unique=float(request.data.train_tokens),
+        flops_per_token=option.work.shape.flops_per_token,
+    )
     told = None if option.loss is None else option.loss.interval.mid
-    return Standing(option.fits, option.usd.mid, worth * option.work.shape.flops_per_token, told)
+    return Standing(option.fits, option.usd.mid, each, told)
 
 
 # ---------------------------------------------------------------- sizes

@@ -27,10 +27,11 @@ LOCAL = "local"  # the cloud of a machine of one's own: no boot, no storage bill
 
 @dataclass(frozen=True)
 class Book:
-    """All offers, and all that was doubtful about them."""
+    """All offers, and all that was doubtful about them; `mine` in the person's own file."""
 
     offers: tuple[Offer, ...]
     problems: tuple[Problem, ...]
+    mine: tuple[Problem, ...] = ()
 
     @cached_property
     def cpu_machines(self) -> dict[str, list[Offer]]:
@@ -97,6 +98,7 @@ def price_book(own: Path | None = None) -> Book:
     `own_file()` where it exists). Raises UserError where a file given is missing or no price list.
     """
     problems: list[Problem] = []
+    doubts: list[Problem] = []
     offers = _newest(_read(FACTS / "prices.csv", problems), problems)
     if refreshed_file().exists():
         offers = _over(offers, _read(refreshed_file(), problems), problems)
@@ -104,10 +106,10 @@ def price_book(own: Path | None = None) -> Book:
         own = own_file()
     if own is not None:
         listed = {(o.cloud, o.instance_type): o for _, o in offers}
-        priced = [r for r in _read(own, problems, own=True) if r[1].has_price]
+        priced = [r for r in _read(own, doubts, own=True) if r[1].has_price]
         mine = [(at, _filled(offer, listed)) for at, offer in priced]
         offers = _over(offers, mine, problems)
-    return Book(tuple(offer for _, offer in offers), tuple(problems))
+    return Book(tuple(offer for _, offer in offers), (*problems, *doubts), tuple(doubts))
 
 
 Located = tuple[str, Offer]  # "file:line" and what it says

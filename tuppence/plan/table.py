@@ -1,6 +1,6 @@
 """The options as a person decides from them: a table, warnings, two runs side by side, a guide.
 
-Cheapest first, what does not fit last with its reason; intervals are 80%.
+The best first, what does not fit last with its reason; intervals are 80%.
 """
 
 import dataclasses
@@ -16,101 +16,131 @@ from tuppence.plan.prices import Book
 from tuppence.plot import Curve, curves_plot, short
 
 ROWS = 12  # of a table, unless all are asked for
-COLUMNS = (
-    "machine",
-    "GPUs",
-    "$/h",
-    "tokens/s",
-    "MFU",
-    "hours",
-    "tokens",
-    "prepare",
-    "store",
-    "train",
-    "total $",
-    "val loss",
-)
+NAME_WIDTH = 44  # of a machine in it
+SHORTEST_NAME = 12
+LEFT = 2  # columns that read from the left; numbers read from the right
+DISPENSABLE = ("MFU", "store", "prepare", "held $", "tokens", "$/h", "GPUs")  # on a narrow screen
+
+Document = dict[str, Any]
 
 
-def options_text(options: Sequence[Option], *, rows: int = ROWS) -> str:
-    """The table of what fits, and how many machines do not and why."""
-    fitting = [o for o in options if o.fits]
-    lines = _aligned([COLUMNS, *map(_row, fitting[:rows])])
+def options_text(options: Sequence[Document], *, rows: int = ROWS, width: int | None = None) -> str:
+    """The table of what fits, and how many machines do not and why. `options` as in the document,
+    the best first; `width` is the screen's, None where it does not end."""
+    fitting = [o for o in options if o["fits"]]
+    lines = _table(fitting[:rows], width)
     if len(fitting) > rows:
         lines.append(f"and {len(fitting) - rows} more that fit (--all shows them)")
-    refused = [o for o in options if not o.fits]
+    refused = [o for o in options if not o["fits"]]
     if refused:
-        lines.append(f"{len(refused)} of {len(options)} cannot:")
-        reasons: dict[str, list[str]] = {}
-        for option in refused:
-            why, _, figures = (option.why_not or "").partition(": ")
-            reasons.setdefault(why, []).append(f"{_where(option)} ({figures})" if figures else "")
-        for why, names in reasons.items():
-            lines += [f"  {len(names)}: {why}; {_few(names)}"] if rows <= ROWS else [f"  {why}:"]
-            lines += [f"    {name}" for name in names if rows > ROWS]
-    return "\n".join(line.rstrip(" ;") for line in lines)
+        lines += [
+            f"{len(refused)} of {len(options)} cannot:",
+            *_reasons(refused, every=rows > ROWS),
+        ]
+    return "\n".join(lines)
 
 
-def _few(names: list[str]) -> str:
-    return f"for example {names[0]}" if names[0] else ""
+def _table(fitting: Sequence[Document], width: int | None) -> list[str]:
+    names = _names(fitting)
+    columns: dict[str, list[str]] = {
+        "machine": names,
+        "GPUs": [_gpus(o) for o in fitting],
+        "$/h": [_price(o) for o in fitting],
+        "tokens/s": [_spread(o, "tokens_per_second") for o in fitting],
+        "MFU": [f"{o['mfu']:.0%}" for o in fitting],
+        "held h": [hours(o["train_hours"]) for o in fitting],
+        "tokens": [short(o["tokens"]) for o in fitting],
+        "prepare": [dollars(o["usd"]["prepare"]) for o in fitting],
+        "store": [dollars(o["usd"]["store"] + o["usd"]["egress"]) for o in fitting],
+        "held $": [dollars(held_usd(o)) for o in fitting],
+        "total $": [_spanned(o, "usd", dollars) for o in fitting],
+        "val loss": [_spanned(o, "loss", "{:.3f}".format) for o in fitting],
+    }
+    for name in DISPENSABLE:
+        lines = _aligned([tuple(columns), *zip(*columns.values(), strict=True)])
+        if width is None or max(map(len, lines)) <= width:
+            return lines
+        del columns[name]
+    lines = _aligned([tuple(columns), *zip(*columns.values(), strict=True)])
+    over = max(map(len, lines)) - (width or 0)
+    columns["machine"] = [_short(n, max(map(len, names)) - over) for n in names]
+    return _aligned([tuple(columns), *zip(*columns.values(), strict=True)])
 
 
-def _where(option: Option) -> str:
-    offer = option.seller.offer
-    spot = " spot" if option.seller.spot else ""
-    return f"{offer.cloud} {offer.instance_type}{spot}"
+def _names(options: Sequence[Document]) -> list[str]:
+    """Where each is; with its region where the name alone would stand twice."""
+    plain = [where(o) for o in options]
+    full = [
+        where(o, region=True) if plain.count(name) > 1 else name
+        for o, name in zip(options, plain, strict=True)
+    ]
+    return [_short(name, NAME_WIDTH) for name in full]
 
 
-def _gpus(option: Option) -> str:
-    nodes = f"{option.nodes} x " if option.nodes > 1 else ""
-    return f"{nodes}{option.seller.offer.gpu_count} {option.gpu.name}"
+def _short(name: str, most: int) -> str:
+    most = max(most, SHORTEST_NAME)
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _row(option: Option) -> tuple[str, ...]:
-    assert option.tokens_per_second
-    assert option.mfu
-    assert option.train_hours
-    assert option.tokens
-    assert option.usd
-    assert option.stages
-    usd, total = option.stages.usd, option.usd
-    return (
-        _where(option),
-        _gpus(option),
-        f"{option.seller.usd_per_hour * option.nodes:.2f}",
-        _span(option.tokens_per_second, short),
-        f"{option.mfu.mid:.0%}",
-        _span(option.train_hours, lambda v: f"{v:.3g}"),
-        short(option.tokens.mid),
-        _usd(usd["prepare"]),
-        _usd(usd["store"] + usd["egress"]),
-        _usd(option.stages.training_usd),
-        _span(total, _usd),
-        _loss(option),
-    )
+def where(option: Document, *, region: bool = False) -> str:
+    """`aws p5.48xlarge spot`; this machine is `here`."""
+    if option["here"]:
+        return "this machine"
+    words = [option["cloud"], option["instance_type"], option["region"] if region else ""]
+    return " ".join([w for w in words if w] + (["spot"] if option["spot"] else []))
 
 
-def _usd(value: float) -> str:
+def _reasons(refused: Sequence[Document], *, every: bool) -> list[str]:
+    """By what is before the colon of a reason; each machine's figures are after it."""
+    kinds: dict[str, list[str]] = {}
+    for option in refused:
+        why, _, figures = option["why_not"].partition(": ")
+        kinds.setdefault(why, []).append(f"{where(option)} ({figures or 'no figures'})")
+    lines = []
+    for why, names in kinds.items():
+        lines.append(f"  {len(names)}: {why}; for example {names[0]}")
+        lines += [f"    {name}" for name in names] if every else []
+    return lines
+
+
+def _gpus(option: Document) -> str:
+    if not option["gpu_count"]:
+        return "-"
+    nodes = f"{option['nodes']} x " if option["nodes"] > 1 else ""
+    return f"{nodes}{option['gpu_count']} {option['gpu']}"
+
+
+def _price(option: Document) -> str:
+    assumed = "?" if option["price"]["terms"].startswith("assumed") else ""
+    return f"{option['usd_per_hour'] * option['nodes']:.2f}{assumed}"
+
+
+def _spread(option: Document, key: str) -> str:
+    """`1.36M ±22%`: half of the interval's logarithm."""
+    low, high = option["intervals"][key]
+    half = math.sqrt(high / low) - 1 if low > 0 else 0.0
+    return short(option[key]) + (f" ±{half:.0%}" if half >= 0.005 else "")
+
+
+def held_usd(option: Document) -> float:
+    """The training machine's whole bill: all but what stands beside it."""
+    usd = option["usd"]
+    return float(usd["total"] - usd["prepare"] - usd["store"] - usd["egress"])
+
+
+def dollars(value: float) -> str:
     return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def _span(interval: Interval, form: Any) -> str:
-    low, mid, high = (form(v) for v in dataclasses.astuple(interval))
-    return mid if low == high else f"{mid} ({low}-{high})"
-
-
-def _loss(option: Option) -> str:
-    if option.loss is None:
-        return "unknown"
-    return between(option.loss.interval, ".3f").replace(" to ", "-")
+def hours(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = 2  # names read from the left, numbers from the right
     return [
         "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell.ljust(width) if i < LEFT else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -132,7 +162,11 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
     again = ", activation checkpointing" if job.checkpointing else ""
     phases = {k: v for k, v in option.stages.usd.items() if v >= 0.005}
     rows = [
-        ("chosen", f"{_where(option)}, {_gpus(option)}: {option.seller.price}; {offer.source}"),
+        (
+            "chosen",
+            f"{where(document(option))}, {_gpus(document(option))}: {option.seller.price}; "
+            f"{offer.source}",
+        ),
         (
             "model",
             f"{shape.family}, {shape.layers_run:g} x {shape.n_embd}, T={shape.sequence_len}, "
@@ -148,11 +182,12 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
             "step",
             f"{recipe.batch_tokens:,} tokens = {job.accumulation} x {job.micro_batch} sequences x "
             f"{plural(job.replicas, 'GPU')}; {job.precision}, {job.parallel}{again}; "
-            f"{option.step_seconds.mid * 1e3:,.4g} ms",
+            f"{seconds(option.step_seconds.mid)}",
         ),
         (
             "speed",
-            f"MFU {option.mfu.mid:.0%} of {option.peak_tflops:,.0f} TFLOPS ({option.peak_source})"
+            f"MFU {option.mfu.mid:.0%} of {option.peak_tflops:,.0f} TFLOPS ({option.peak_source}); "
+            f"as compiled PyTorch would, for no GPU run of tuppence has been timed"
             if option.mfu
             else "",
         ),
@@ -162,15 +197,19 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
             f"{between(option.peak_memory_gib, '.1f')} GiB of {option.gpu.memory_gib:.0f} a GPU; "
             f"disk {option.disk_gb:,.1f} GB",
         ),
-        ("dollars", ", ".join(f"{name} {_usd(v)}" for name, v in phases.items())),
+        ("dollars", ", ".join(f"{name} {dollars(v)}" for name, v in phases.items())),
         ("val loss", _loss_line(option)),
-        *(("note", note.partition(": ")[2]) for note in option.stages.notes),
+        *(("note", note.replace("_", " ", 1)) for note in option.stages.notes),
     ]
     return "\n".join(f"{name:9s} {value}" for name, value in rows if value)
 
 
 def epochs(count: float) -> str:
     return f"{count:.1f} epochs" if count >= 1 else f"{count:.1%} of it"
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e3:,.3g} ms" if value < 1 else f"{value:,.3g} s"
 
 
 def plural(count: int, noun: str) -> str:
@@ -198,13 +237,14 @@ def warnings_text(warnings: Sequence[Warning]) -> str:
 # ---------------------------------------------------------------- the document
 
 
-def document(option: Option) -> dict[str, Any]:
+def document(option: Option) -> Document:
     """One option of `tuppence plan --json`: plain numbers are middles."""
     offer, job = option.seller.offer, option.job
     names = ("tokens_per_second", "mfu", "tokens", "usd", "train_hours", "peak_memory_gib")
     spans = {name: getattr(option, name) for name in (*names, "step_seconds")}
     usd = {} if option.stages is None else dict(option.stages.usd)
     return {
+        "here": False,
         "cloud": offer.cloud,
         "instance_type": offer.instance_type,
         "region": offer.region,
@@ -252,7 +292,7 @@ def _mid(interval: Interval | None) -> float | None:
 # ---------------------------------------------------------------- two runs, side by side
 
 
-def side_by_side(names: Sequence[str], chosen: Sequence[dict[str, Any]]) -> str:
+def side_by_side(names: Sequence[str], chosen: Sequence[Document]) -> str:
     """The best machine of each run, quantity by quantity; `chosen` are options of the document."""
 
     def line(name: str, key: str, form: Callable[[float], str]) -> tuple[str, ...]:
@@ -260,22 +300,22 @@ def side_by_side(names: Sequence[str], chosen: Sequence[dict[str, Any]]) -> str:
 
     rows = [
         ("", *names),
-        ("machine", *(f"{o['cloud']} {o['instance_type']}" for o in chosen)),
-        ("GPUs", *(f"{o['gpu_count']} {o['gpu']}" for o in chosen)),
+        ("machine", *(where(o) for o in chosen)),
+        ("GPUs", *(_gpus(o) for o in chosen)),
         line("parameters", "params", short),
         line("FLOP/token", "flops_per_token", short),
         line("tokens", "tokens", short),
         line("tokens/s", "tokens_per_second", short),
-        line("hours", "train_hours", lambda v: f"{v:.3g}"),
+        line("held h", "train_hours", hours),
         line("peak GiB", "peak_memory_gib", lambda v: f"{v:.1f}"),
-        line("dollars", "usd", _usd),
+        line("dollars", "usd", dollars),
         line("val loss", "loss", lambda v: f"{v:.3f}"),
         ("", *(o["loss_metric"] or "" for o in chosen)),
     ]
     return "\n".join(_aligned(rows))
 
 
-def _spanned(option: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
+def _spanned(option: Document, key: str, form: Callable[[float], str]) -> str:
     """One figure of an option with its interval."""
     value = option[key]
     if value is None:
@@ -292,7 +332,7 @@ def _spanned(option: dict[str, Any], key: str, form: Callable[[float], str]) -> 
 
 def guide_text(guide: Guide) -> str:
     """What the guide said, what its own premises give, and what arithmetic says, with why."""
-    rows: list[tuple[str, ...]] = [("claim", "", "said", "its premises", "arithmetic")]
+    rows: list[tuple[str, ...]] = [("claim", "", "said", "its premises give", "arithmetic says")]
     rows += [
         (c.what, c.unit, *(_figure(v) for v in (c.said, c.as_published, c.arithmetic)))
         for c in guide.claims
@@ -318,7 +358,7 @@ def book_text(book: Book) -> str:
     rows: list[tuple[str, ...]] = [("machine", "GPUs", "$/h", "spot", "region", "of", "source")]
     for offer in book.offers:
         gpus = f"{offer.gpu_count} {offer.gpu or offer.accelerator}" if offer.gpu_count else "-"
-        price, spot = (_price(p) for p in (offer.usd_per_hour, offer.spot_usd_per_hour))
+        price, spot = (_listed(p) for p in (offer.usd_per_hour, offer.spot_usd_per_hour))
         name = f"{offer.cloud} {offer.instance_type}"
         rows.append((name, gpus, price, spot, offer.region, offer.date, offer.source[:60]))
     doubts: dict[str, list[str]] = {}
@@ -328,7 +368,7 @@ def book_text(book: Book) -> str:
     return "\n".join([*_aligned(rows), "", "doubts:", *lines])
 
 
-def _price(usd: float | None) -> str:
+def _listed(usd: float | None) -> str:
     return "-" if usd is None else f"{usd:.2f}"
 
 
@@ -354,7 +394,10 @@ def plot(curves: Sequence[tuple[str, Sequence[Option]]], *, name: str) -> str:
     metric = next((o.loss.metric for _, ps in curves for o in ps if o.loss), "")
     y_label = f"predicted val loss, {metric}" if known else "training tokens, billions"
     return curves_plot(
-        drawn, title=f"{name}: what dollars buy", x_label="dollars, all phases", y_label=y_label
+        drawn,
+        title=f"{name}: what dollars buy",
+        x_label="dollars in all (logarithmic)",
+        y_label=y_label,
     )
 
 

@@ -15,6 +15,7 @@ from tuppence.plan.asked import check_batch, check_corpus
 from tuppence.plan.cost import Shape, checkpoint_bytes
 from tuppence.plan.loss import effective_tokens
 
+STEPS_AN_EPOCH = 50  # a batch that nobody fixed is at most this part of the corpus
 DEPTHS: tuple[int, ...] = (
     *range(2, 32, 2),
     *range(32, 65, 4),
@@ -73,7 +74,9 @@ def work_of(
     recipe = laws.recipe(shape, optimizer, tokens)
     batch = train.batch_tokens
     if batch is None:
-        batch = _filling(recipe.batch_tokens, shape.sequence_len, cards * (train.micro_batch or 1))
+        most = data.train_tokens // STEPS_AN_EPOCH
+        at_once = cards * (train.micro_batch or 1)
+        batch = _filling(min(recipe.batch_tokens, most), shape.sequence_len, at_once)
     check_batch(batch, shape.sequence_len)
     check_corpus(data, length=shape.sequence_len, batch_tokens=batch)
     rate, decay = train.learning_rate, train.weight_decay
