@@ -17,11 +17,10 @@ from typing import Any, NoReturn
 from tuppence import __version__
 from tuppence.errors import DoesNotFit, Fault, UserError
 
-PLAN_EXAMPLES = """examples:
-  tuppence plan budget.usd=100 data.source=fineweb_edu        what $100 of web text is worth
-  tuppence plan gpt2_124m data.source='texts/*.jsonl' budget.hours=12
-  tuppence plan llmc_gpt2_124m machine.gpu=4090 machine.usd_per_hour=0.35
-  tuppence plan nanogpt_4b_tokens --as-published              a guide beside arithmetic
+PLAN_EXAMPLES = """example: tuppence plan budget.usd=100 data.source=fineweb_edu
+         tuppence plan gpt2_124m data.source='texts/*.jsonl' budget.hours=12
+         tuppence plan llmc_gpt2_124m machine.gpu=4090 machine.usd_per_hour=0.35
+         tuppence plan nanogpt_4b_tokens --as-published
 keys: docs/recipes.md; columns and warnings: docs/plan.md"""
 RECIPE_VERBS = {
     "run": ("plan, prepare, train, evaluate, sample, receipt: the main job", "budget.usd=0.05"),

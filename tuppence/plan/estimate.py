@@ -30,7 +30,7 @@ DISPATCH_SECONDS = 0.003  # of one forward pass over one short sequence, whateve
 HASH_BYTES_PER_SECOND = 1.2e9
 PREPARED_SECONDS = 0.1
 LIBRARIES_GIB = 0.10  # what kernels and allocators add to the bare process in the first steps
-FRAGMENTED = 1.3  # of activations: what glibc holds for them on several threads (docs/LOG.md)
+FRAGMENTED = 1.22  # of activations: what glibc holds for them on several threads (docs/LOG.md)
 PREPARE_TOKENS_PER_SECOND = 1.5e6  # two cores, GPT-2 tokens (docs/BENCHMARKS.md)
 
 

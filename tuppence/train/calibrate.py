@@ -29,7 +29,8 @@ MATMUL_SECONDS = 0.25
 SETUP_SECONDS = 0.8  # of a run beyond its imports: plan, data, model, first batch
 HOPELESS = 0.1  # of the best ceiling
 DISK_BYTES = 32 << 20
-ROUNDS = 4  # of a step, the first of them not counted
+ROUNDS = 4  # of a step at least, the first of them not counted
+ENOUGH_SECONDS = 0.25  # of rounds: quick ones are repeated until then, for cores are noisy
 PROBE_FLOPS = {"cpu": 4e11, "cuda": 1e14}  # a probe's micro-batch is cut to about this work
 
 
@@ -145,7 +146,7 @@ def _time_step(plan: Plan, device: str, precision: str, attention: str, micro: i
 def _seconds(work: Callable[[], object], device: str) -> float:
     """Median seconds of `work`, after one round to warm up; fewer rounds when it is slow."""
     taken: list[float] = []
-    for _ in range(ROUNDS):
+    while len(taken) < ROUNDS or sum(taken) < ENOUGH_SECONDS:
         _synchronise(device)
         started = time.perf_counter()
         work()
