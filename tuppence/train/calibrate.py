@@ -6,6 +6,7 @@ each way it can be run here. The fastest way is the plan's choice, with its reas
 """
 
 import dataclasses
+import gc
 import os
 import tempfile
 import time
@@ -29,8 +30,8 @@ MATMUL_SECONDS = 0.25
 SETUP_SECONDS = 0.8  # of a run beyond its imports: plan, data, model, first batch
 HOPELESS = 0.1  # of the best ceiling
 DISK_BYTES = 32 << 20
-ROUNDS = 4  # of a step at least, the first of them not counted
-ENOUGH_SECONDS = 0.25  # of rounds: quick ones are repeated until then, for cores are noisy
+ROUNDS = 4  # of a step at least; the first half of them warms up and is not counted
+ENOUGH_SECONDS = 0.4  # of rounds: quick ones are repeated until then
 PROBE_FLOPS = {"cpu": 4e11, "cuda": 1e14}  # a probe's micro-batch is cut to about this work
 
 
@@ -78,6 +79,8 @@ def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
     )
     probed = max(1, min(micro, int(affordable)))
     timings = []
+    gc.collect()
+    gc.freeze()  # as the training loop does
     for precision, attention in _ways(plan, calibration):
         timing = _time_step(plan, calibration.device, precision, attention, probed)
         timings.append(
@@ -88,6 +91,7 @@ def measure_step(plan: Plan, calibration: Calibration) -> Calibration:
                 forward_seconds=timing.forward_seconds * micro / probed,
             )
         )
+    gc.unfreeze()
     key = hardware.shape_key(plan.model, micro, plan.step.workers)
     return calibration.with_timings(key, timings)
 
@@ -144,7 +148,10 @@ def _time_step(plan: Plan, device: str, precision: str, attention: str, micro: i
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """Median seconds of `work`, after one round to warm up; fewer rounds when it is slow."""
+    """Median seconds of `work` once it is warm; fewer rounds when it is slow.
+
+    The first dozen quick steps of a process take up to twice as long as those that follow.
+    """
     taken: list[float] = []
     while len(taken) < ROUNDS or sum(taken) < ENOUGH_SECONDS:
         _synchronise(device)
@@ -154,7 +161,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
         taken.append(time.perf_counter() - started)
         if sum(taken) > 2.0:
             break
-    counted = sorted(taken[1:] or taken)
+    counted = sorted(taken[len(taken) // 2 :])
     return counted[len(counted) // 2]
 
 
