@@ -21,6 +21,11 @@ bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=pa
 	$(BIN)/python bench/budget_sweep.py
 	$(BIN)/python bench/contention.py
 	$(BIN)/python bench/kill.py
+	$(BIN)/python bench/planner_accuracy.py
+	$(BIN)/python bench/fit_throughput.py --leave-out shape
+	$(BIN)/python bench/fit_throughput.py --leave-out framework
+	$(BIN)/python bench/fit_loss.py --leave-out size
+	$(BIN)/python bench/this_machine.py
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
