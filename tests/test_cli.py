@@ -106,7 +106,7 @@ def tuppence(
     know_this_machine(calibration, data_plan)
     monkeypatch.setattr(host, "settle_threads", lambda threads: {})
     monkeypatch.setattr(host, "process_start", time.time)
-    monkeypatch.setattr(pipeline, "_device", lambda run: "cpu")
+    monkeypatch.setattr(pipeline, "device_of", lambda run: "cpu")
 
     def tuppence(*words: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["tuppence", *words])

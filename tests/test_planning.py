@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tuppence import cli, host
+from tuppence import cli, host, pipeline, planning
 from tuppence.data.corpora import CORPORA
 from tuppence.data.survey import survey
 from tuppence.errors import UserError
@@ -46,6 +46,8 @@ def plan(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(host, "settle_threads", lambda threads: {})
+    for module in (pipeline, planning):
+        monkeypatch.setattr(module, "device_of", lambda run: "cpu")
 
     def run(*words: str) -> Answer:
         code = cli.main(["plan", *words])

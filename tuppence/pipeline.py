@@ -170,7 +170,7 @@ def solved(
     `spent_seconds` is what was charged already, in place of the start-up a run usually takes. A
     step that is expected to take longer than `quick` seconds is not measured.
     """
-    device, threads = _device(run), threads_of(run)
+    device, threads = device_of(run), threads_of(run)
     known = hardware.load_calibration(device, threads)
     if known is not None and device == "cuda":
         from tuppence.train import calibrate
@@ -200,7 +200,7 @@ def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float 
     return solve(run, data, known)
 
 
-def _device(run: Run) -> str:
+def device_of(run: Run) -> str:
     """Which device torch has here; without a GPU's driver, known before torch is imported."""
     drivers = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd", "/dev/nvhost-gpu")
     may_have_gpu = sys.platform == "win32" or any(Path(path).exists() for path in drivers)

@@ -20,7 +20,7 @@ from tuppence import config, host, recipes
 from tuppence.config import DataPlan, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.live import folded, screen_width
-from tuppence.pipeline import named, refuse_unprepared, say, solved, surveyed, threads_of
+from tuppence.pipeline import device_of, named, refuse_unprepared, say, solved, surveyed, threads_of
 from tuppence.plan import shapes
 from tuppence.plan.asked import check_budget, check_trainable, check_values
 from tuppence.plan.cost import Shape
@@ -43,7 +43,7 @@ from tuppence.plan.table import (
 from tuppence.plan.work import optimizer_of
 
 QUICK_SECONDS = 2.0  # of a step that a plan may measure by itself
-LONG_HOURS = 72.0  # a run that takes longer here is shown in a line
+LONG_HOURS = 72.0  # a run that takes longer here stands in the table alone
 CURVES = 5  # machines of a plot
 
 
@@ -151,7 +151,8 @@ def _elsewhere(run: Run) -> bool:
     """Whether the words name a machine that is to be rented."""
     machine = run.machine
     rented = (machine.cloud, machine.instance_type, machine.spot or None, machine.mfu)
-    return any(value is not None for value in rented) or bool(machine.gpu and machine.gpu != "cpu")
+    named_card = machine.gpu not in (None, "cpu") and device_of(run) == "cpu"
+    return any(value is not None for value in rented) or named_card
 
 
 def _on_this_machine(run: Run, data: DataPlan) -> tuple[Plan | None, DoesNotFit | UserError | None]:
