@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tuppence.config import DataPlan, ModelPlan, Plan, Run, override
+from tuppence.config import DataPlan, Interval, ModelPlan, Plan, Run, override
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.plan import cost, estimate, hardware, loss
 from tuppence.plan.asked import solve_model
@@ -467,3 +467,19 @@ def test_what_was_freed_does_not_count_for_what_comes_after() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 0.1
+
+
+def test_the_promised_loss_covers_that_tokens_are_an_interval(world: World) -> None:
+    """A budget in dollars buys more or fewer tokens; one in steps buys just these."""
+    law = loss.Expectation(loss.FITS[0], "")
+    exact = estimate._expected_loss(law, Interval(4e6, 4e6, 4e6))[0]
+    by_time = estimate._expected_loss(law, Interval(3e6, 4e6, 5e6))[0]
+    assert exact is not None
+    assert by_time is not None
+    assert exact.mid == by_time.mid
+    assert exact.high - exact.mid == pytest.approx(loss.FITS[0].spread)
+    fewer, more = (law.at(n)[0] for n in (3e6, 5e6))
+    assert fewer is not None
+    assert more is not None
+    half = (fewer.mid - more.mid) / 2
+    assert by_time.high - by_time.mid == pytest.approx(math.hypot(loss.FITS[0].spread, half))

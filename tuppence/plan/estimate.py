@@ -209,7 +209,7 @@ def predict(
     hours = [min(limit, outcome.seconds) / 3600 for outcome in (fast, mid, slow)]
     hours = [min(hours), hours[1], max(hours)]
     tokens = Interval(*(float(n * step.batch_tokens) for n in steps))
-    val_loss, source = expectation.at(tokens.mid)
+    val_loss, source = _expected_loss(expectation, tokens)
     return Predicted(
         step_seconds=Interval(*step_seconds),
         tokens_per_second=Interval(*rates),
@@ -228,6 +228,16 @@ def predict(
         val_loss_source=source,
         basis=basis,
     )
+
+
+def _expected_loss(expectation: loss.Expectation, tokens: Interval) -> tuple[Interval | None, str]:
+    """The loss after the middle of `tokens`; its interval covers that they are an interval."""
+    found, why = expectation.at(tokens.mid)
+    if found is None:
+        return None, why
+    ends = [expectation.at(n)[0] or found for n in (tokens.low, tokens.high)]
+    width = math.hypot(found.mid - found.low, (ends[0].mid - ends[1].mid) / 2)
+    return Interval(found.mid - width, found.mid, found.mid + width), why
 
 
 def _prepare_seconds(data: DataPlan) -> float:
