@@ -111,6 +111,23 @@ def test_a_budget_in_hours_is_the_time_that_the_machine_is_held(book: Book) -> N
         assert 1.85 < option.train_hours.mid <= 2
 
 
+def test_of_dollars_and_tokens_the_first_reached_ends_the_run(book: Book) -> None:
+    both = asked("llmc_gpt2_124m", "budget.usd=1000", "budget.tokens=10e9")
+    found = [o for o in options(both, corpus(), book) if o.fits]
+    dollars = [told(o)["total"] for o in found]
+    assert dollars[0] == min(dollars)  # all learn as much; the cheapest is the best
+    for option in found:
+        assert option.tokens is not None
+        assert option.tokens.mid <= 10e9
+    assert found[0].tokens is not None
+    assert found[0].tokens.mid == 10_000_000_000 // 2**19 * 2**19
+    poor = asked("llmc_gpt2_124m", "budget.usd=5", "budget.tokens=1e12")
+    for option in options(poor, corpus(), book):
+        if option.fits:
+            assert option.stages is not None
+            assert option.stages.training_usd <= 5
+
+
 def test_too_small_a_budget_says_what_would_buy_a_step(book: Book) -> None:
     run = asked("llmc_gpt2_124m", "budget.usd=0.01")
     found = options(run, corpus(), book)
