@@ -1,7 +1,7 @@
 """The plan of a run, on this machine and on every machine in the price book.
 
     words ──asked──▶ Run ──surveyed──▶ corpus ──┬─ solve ────▶ this machine, as `run` would train
-                                                └─ options ──▶ the price book, cheapest first
+                                                └─ options ──▶ the price book, the best first
 
 What this version cannot train here it can still plan.
 """

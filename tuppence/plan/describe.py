@@ -5,6 +5,8 @@ from typing import Any
 
 from tuppence.config import Interval, Plan
 from tuppence.live import duration
+from tuppence.plan.bill import KEPT_CHECKPOINTS
+from tuppence.plan.stages import shard_bytes
 
 
 def between(interval: Interval, form: str = ",.0f", unit: str = "") -> str:
@@ -71,16 +73,6 @@ def plan_text(plan: Plan) -> str:
     return text + notes
 
 
-def in_a_line(plan: Plan) -> str:
-    """The plan where another machine is the better choice."""
-    told = plan.predicted
-    return (
-        f"here      {plan.machine.name}: {between(told.tokens_per_second)} tokens/s, "
-        f"{duration(told.hours.mid * 3600)}, {told.tokens.mid:,.0f} tokens, "
-        f"${between(told.usd, '.2f')} (tuppence run would do it)"
-    )
-
-
 def _phases(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
 
@@ -138,7 +130,7 @@ def local_option(plan: Plan) -> dict[str, Any]:
 
 
 def _disk_gb(plan: Plan) -> float:
-    """Shards, and the last and the best checkpoint."""
-    each = 2 if plan.data.vocab_size <= 2**16 else 4
-    shards = each * (plan.data.train_tokens + plan.data.val_tokens)
-    return (shards + 2 * plan.predicted.checkpoint_bytes) / 1e9
+    """Shards, and the checkpoints that are kept."""
+    tokens = plan.data.train_tokens + plan.data.val_tokens
+    shards = shard_bytes(tokens, vocab_size=plan.data.vocab_size)
+    return (shards + KEPT_CHECKPOINTS * plan.predicted.checkpoint_bytes) / 1e9

@@ -35,7 +35,7 @@ from tuppence.plan.stages import Stages
 from tuppence.plan.work import (
     DEPTHS,
     Work,
-    check_words,
+    check_sized,
     depth_for,
     fixed_tokens,
     off_optimal,
@@ -115,7 +115,7 @@ def _request(run: Run, data: DataPlan, book: Book) -> Request:
     check_values(run)
     check_budget(run.budget)
     solve_recipe(run)
-    check_words(run)
+    check_sized(run)
     group = find_group(
         source=data.source,
         tokenizer=data.tokenizer,

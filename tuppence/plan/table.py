@@ -153,7 +153,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
     """What would be run, on the machine at the head of the table."""
     shape, work, job = option.work.shape, option.work, option.job
-    offer = option.seller.offer
+    told = document(option)
     assert job is not None
     assert option.step_seconds
     assert option.peak_memory_gib
@@ -164,8 +164,7 @@ def chosen_text(run: Run, data: DataPlan, option: Option) -> str:
     rows = [
         (
             "chosen",
-            f"{where(document(option))}, {_gpus(document(option))}: {option.seller.price}; "
-            f"{offer.source}",
+            f"{where(told)}, {_gpus(told)}: {option.seller.price}; {option.seller.offer.source}",
         ),
         (
             "model",

@@ -110,7 +110,7 @@ def depth_for(run: Run, data: DataPlan, tokens: float) -> int:
     return min(DEPTHS, key=lambda d: off_optimal(run, data, shape_at(run, data, d), tokens))
 
 
-def check_words(run: Run) -> None:
+def check_sized(run: Run) -> None:
     """Refuse a size that is missing where there is no dial to turn."""
     model = shapes.laid_out(run.model)
     if model.family == "looped" and model.n_embd is None:
