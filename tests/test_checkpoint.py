@@ -12,27 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from families import optimizer_plan
 
 from tuppence import checkpoint
 from tuppence.checkpoint import Pointer, State
-from tuppence.config import DataPlan, ModelPlan, OptimizerPlan, Run
+from tuppence.config import DataPlan, ModelPlan, Run
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 from tuppence.model import build
 from tuppence.model.gpt2 import GPT2
 from tuppence.plan.asked import solve_model
-from tuppence.train.optim import adamw
+from tuppence.train.optim import optimizers_of
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "checkpoint.json")
-ADAMW = OptimizerPlan(
-    name="adamw",
-    learning_rate=1e-2,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    eps=1e-8,
-    grad_clip=1.0,
-)
+ADAMW = optimizer_plan(learning_rate=1e-2, weight_decay=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -62,32 +55,34 @@ class Trained:
     """A model and its optimizer; every `step` is a function of the step's number."""
 
     model: GPT2
-    optimizer: torch.optim.AdamW
+    optimizers: list[torch.optim.Optimizer]
 
     def step(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(65, (4, 9), generator=generator)
         self.model(tokens[:, :-1], tokens[:, 1:]).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad()
 
     def save(self, folder: RunFolder, step: int) -> Pointer:
-        return checkpoint.save(folder, self.model, self.optimizer, state_of(step))
+        return checkpoint.save(folder, self.model, self.optimizers, state_of(step))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name."""
         out = {}
         for name, parameter in self.model.named_parameters():
             out[name] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                out[f"{name}.{key}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    out[f"{name}.{key}"] = value
         return out
 
 
 def fresh(plan: ModelPlan, *, seed: int = 0) -> Trained:
     model = build(plan)
     model.init_weights(seed)
-    return Trained(model, adamw(model, ADAMW))
+    return Trained(model, optimizers_of(model, ADAMW))
 
 
 def state_of(step: int) -> State:
@@ -143,7 +138,7 @@ def test_training_goes_on_as_if_nothing_had_happened(
     for number in range(3):
         stopped.step(number)
     stopped.save(folder, 3)
-    assert checkpoint.load_newest(folder, resumed.model, resumed.optimizer) == state_of(3)
+    assert checkpoint.load_newest(folder, resumed.model, resumed.optimizers) == state_of(3)
     for number in range(3, 6):
         resumed.step(number)
     assert equal(straight.tensors(), resumed.tensors())
@@ -224,7 +219,7 @@ def test_the_newest_that_is_whole_is_loaded(
     (path / name).write_bytes((path / name).read_bytes()[:-3])
     (saved.checkpoints / "step_00000002" / name).unlink()
     other = fresh(tiny, seed=1)
-    assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(1)
+    assert checkpoint.load_newest(saved, other.model, other.optimizers) == state_of(1)
     events = list(saved.rows("events"))
     assert [(e["code"], e["path"]) for e in events] == [
         ("checkpoint_damaged", "step_00000003"),
@@ -238,7 +233,7 @@ def test_damage_in_all_of_them_is_a_fault(trained: Trained, saved: RunFolder) ->
         (path / "model.safetensors").write_bytes(b"")
     before = {name: tensor.clone() for name, tensor in trained.tensors().items()}
     with pytest.raises(Fault, match=r"all 2 checkpoints of .* are damaged .*--fresh"):
-        checkpoint.load_newest(saved, trained.model, trained.optimizer)
+        checkpoint.load_newest(saved, trained.model, trained.optimizers)
     assert equal(trained.tensors(), before)  # nothing of a damaged one was taken over
 
 
@@ -274,12 +269,12 @@ def test_killed_while_writing_the_earlier_ones_stand(
             with pytest.raises(Killed):
                 trained.save(saved, 3)
         assert [p.name for p in checkpoint.complete(saved)] == ["step_00000001", "step_00000002"]
-        assert checkpoint.load_newest(saved, trained.model, trained.optimizer) == state_of(2)
+        assert checkpoint.load_newest(saved, trained.model, trained.optimizers) == state_of(2)
     for number in (3, 9):  # the leftover of this process is in the way, then the same step
         trained.step(number)
         trained.save(saved, 3)
         other = fresh(tiny)
-        assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(3)
+        assert checkpoint.load_newest(saved, other.model, other.optimizers) == state_of(3)
         assert equal(other.tensors(), trained.tensors())
     checkpoint.retain(saved, keep_last=5)
     assert names(saved) == ["last.json", *(f"step_0000000{step}" for step in (1, 2, 3))]
@@ -327,5 +322,5 @@ def test_a_save_that_cannot_be_written(
     # steps 1 and 2 stand, step 2 loads, and nothing is left of a third
     assert names(saved) == ["last.json", "step_00000001", "step_00000002"]
     other = fresh(tiny)
-    assert checkpoint.load_newest(saved, other.model, other.optimizer) == state_of(2)
+    assert checkpoint.load_newest(saved, other.model, other.optimizers) == state_of(2)
     trained.save(saved, 3)

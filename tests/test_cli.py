@@ -150,7 +150,7 @@ BAD = [
     (2, ["broken.py:small"], "broken.py fails with KeyError"),
     (2, ["budgte.usd=1"], "did you mean budget.usd?"),
     (2, ["model.n_layer=four"], "model.n_layer=four: not a whole number"),
-    (2, ["train.batch_tokens=1000"], "multiple of model.sequence_len=128; the nearest is 1024"),
+    (2, ["train.batch_tokens=1000"], "multiple of model.sequence_len=256; the nearest is 1024"),
     (2, ["data.tokenizer=klingon"], "klingon"),
     (2, ["data.source=empty.txt"], "empty"),
     (2, ["data.source=medium.txt"], "less than one batch of 2,048 + 1"),

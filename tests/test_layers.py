@@ -12,10 +12,10 @@ import tuppence
 
 ROOT = Path(tuppence.__file__).parent
 LAYERS = {
-    0: ["tuppence", "errors", "config", "host", "live", "plot", "files"],
-    1: ["plan", "data", "folder", "ledger"],
+    0: ["tuppence", "errors", "config", "host", "live", "plot", "files", "assets"],
+    1: ["plan", "data", "folder", "ledger", "origin"],
     2: ["model", "recipes"],
-    3: ["checkpoint", "evals", "workers"],
+    3: ["checkpoint", "evals", "workers", "hub"],
     4: ["train", "report"],
     5: ["pipeline", "planning", "verbs", "cli", "__main__"],
 }
@@ -24,7 +24,11 @@ APART = [{"plan", "data"}, {"train", "report"}]  # of one layer, and strangers t
 HEAVY = {  # what a part must not import, however late
     "plan": {"torch", "numpy", "pyarrow", "safetensors", "tokenizers", "tiktoken"},
     "data": {"torch", "safetensors"},
-    **{part: {"torch", "numpy"} for part in ("report", "ledger", "folder", "config", "recipes")},
+    **{
+        part: {"torch", "numpy"}
+        for part in ("report", "ledger", "folder", "config", "recipes", "origin")
+    },
+    "assets": {"tuppence", "numpy"},  # what leaves the package stands alone
 }
 EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 SOURCES = sorted(ROOT.rglob("*.py"))

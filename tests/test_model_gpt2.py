@@ -8,33 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import built, model_plan
 
-from tuppence.config import ModelPlan
-from tuppence.model.gpt2 import GPT2
-from tuppence.model.layers import Dropout, hash32
+from tuppence.model.layers import Draws, Dropout, hash32
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights"
 
-SMALL = ModelPlan(
-    family="gpt2",
-    n_layer=2,
-    n_head=4,
-    n_embd=32,
-    vocab_size=50,
-    sequence_len=16,
-    bias=True,
-    tied_head=True,
-    dropout=0.0,
-    params=0,
-    params_matmul=0,
-    flops_per_token=0,
-)
-
-
-def built(plan: ModelPlan, *, attention: str = "sdpa", seed: int = 0) -> GPT2:
-    model = GPT2(plan, attention=attention)
-    model.init_weights(seed)
-    return model
+SMALL = model_plan(n_layer=2, bias=True)
 
 
 def decoded(entry: dict) -> torch.Tensor:
@@ -170,9 +150,10 @@ def test_dropout_belongs_to_the_sequence_not_to_the_batch() -> None:
     idx = torch.arange(64).view(4, 16) % 50
     key = torch.tensor([11, 22, 33, 44])
     with torch.no_grad():
-        whole = model(idx, key_B=key)
-        parts = torch.cat([model(idx[:1], key_B=key[:1]), model(idx[1:], key_B=key[1:])])
-        other = model(idx, key_B=key + 1)
+        whole = model(idx, draws=Draws(key))
+        first, second = Draws(key[:1]), Draws(key[1:])
+        parts = torch.cat([model(idx[:1], draws=first), model(idx[1:], draws=second)])
+        other = model(idx, draws=Draws(key + 1))
         off = model(idx)
     torch.testing.assert_close(whole, parts)
     assert not torch.allclose(whole, other)

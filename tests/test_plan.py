@@ -106,9 +106,8 @@ def test_flops_are_those_that_torch_counts(
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_len")
     for bias, tied in ((False, True), (True, False)):
         plan = model_plan(world, **dict(zip(sizes, shape, strict=True)), bias=bias, tied_head=tied)
-        with torch.device("meta"):
-            model = build(plan, attention=attention)
-            tokens = torch.zeros(2, plan.sequence_len, dtype=torch.long)
+        model = build(plan, attention=attention, device="meta")
+        tokens = torch.zeros(2, plan.sequence_len, dtype=torch.long, device="meta")
         # torch does not count inside its fused CPU kernel, so the same products go one by one
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(tokens, tokens).backward()
@@ -137,14 +136,16 @@ def test_flops_are_those_that_torch_counts(
         (["model.dropout=1"], ["model.dropout=1"]),
         (["model.dropout=0.1", "train.attention=sdpa"], ["train.attention=sdpa", "model.dropout"]),
         (["model.depth=12"], ["model.depth=12", "model.n_layer"]),
-        (["train.optimizer=muon"], ["train.optimizer=muon", "adamw"]),
+        (["train.optimizer=sgd"], ["train.optimizer=sgd", "adamw", "muon"]),
+        (["train.momentum=1"], ["train.momentum=1", "below 1"]),
+        (["train.head_rate=-1"], ["train.head_rate=-1: not below 0"]),
         (["train.schedule=linear"], ["train.schedule=linear", "cosine", "wsd"]),
         (["train.attention=flash"], ["train.attention=flash", "sdpa", "matmul"]),
         (["train.activation_checkpointing=on"], ["train.activation_checkpointing=True"]),
         (["machine.gpu_count=8"], ["machine.gpu_count=8"]),
         (["machine.usd_per_hour=0"], ["machine.usd_per_hour=0", "more than zero"]),
         (["train.seed=-1"], ["train.seed=-1"]),
-        (["train.beta1=1"], ["train.beta1=1: below 1"]),
+        (["train.beta1=1"], ["train.beta1=1", "below 1"]),
         (["data.val_tokens=0"], ["data.val_tokens=0: at least 2"]),
         (["train.warmup=1.5"], ["train.warmup=1.5", "from 0 to 1"]),
         (["train.eval_every=0"], ["train.eval_every=0: at least 1"]),

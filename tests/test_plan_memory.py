@@ -1,24 +1,37 @@
 """plan/memory.py: activations against what autograd saves, states by hand, published peaks."""
 
 import dataclasses
+import math
 import timeit
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from reference_models import Depth, Looped
+from families import built, model_plan
+from torch.utils.checkpoint import checkpoint
 
 from tuppence.config import ModelPlan
-from tuppence.model.gpt2 import GPT2
+from tuppence.model import Family, layers
+from tuppence.model.layers import Draws
+from tuppence.model.looped import capacity_of
 from tuppence.plan import cost, memory
 from tuppence.plan.cost import GIB, Shape
 from tuppence.plan.gpus import find_gpu
 from tuppence.plan.job import Job
+from tuppence.plan.shapes import planned_shape
 
 ROOT = Path(__file__).parents[1]
 B, T, V = 3, 96, 1000  # numbers that no other dimension has
-TINY = {"n_head": 4, "n_embd": 128, "vocab_size": V}
-LOOPED = {"n_prelude": 2, "n_recurrent": 3, "n_coda": 1, "lora_rank": 32, "max_recurrence": 8}
+TINY = {"n_head": 4, "n_embd": 128, "vocab_size": V, "sequence_len": T}
+LOOPED = {
+    "family": "looped",
+    "n_prelude": 2,
+    "n_recurrent": 3,
+    "n_coda": 1,
+    "mean_recurrence": 4,
+    "max_recurrence": 8,
+}
 
 
 def job(shape: Shape, **changes) -> Job:
@@ -49,9 +62,14 @@ def depth(n_layer: int, *, vocab_size: int = 32, **changes) -> Shape:
 
 def looped_546m() -> Shape:
     return cost.looped(
-        **{**LOOPED, "max_recurrence": 16},
+        n_prelude=2,
+        n_recurrent=3,
+        n_coda=1,
         recurrence=4,
+        mean_recurrence=4,
+        max_recurrence=16,
         backprop_depth=None,
+        lora_rank=32,
         n_head=18,
         n_embd=2304,
         vocab_size=32768,
@@ -62,12 +80,14 @@ def looped_546m() -> Shape:
 # ---------------------------------------------------------------- activations
 
 
-def saved_bytes(model, run, precision: str) -> tuple[int, int]:
-    """Bytes that autograd saves of a forward pass: of activations, and of logits.
+def saved_bytes(model: Family, precision: str, draws: Draws | None = None) -> tuple[int, int]:
+    """Bytes that autograd saves of a forward pass: of activations, and of logits and the head.
 
-    Parameters and their casts (no dimension of tokens) are not activations.
+    Each storage once. Parameters, tables and their casts (no dimension of tokens) are not
+    activations.
     """
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    idx = torch.zeros(B, T, dtype=torch.long)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     seen = {}
 
     def pack(t):
@@ -80,28 +100,26 @@ def saved_bytes(model, run, precision: str) -> tuple[int, int]:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
     ):
-        run()
-    of_tokens = [(n, t) for n, t in seen.values() if B in t.shape or B * T in t.shape]
+        model(idx, idx, draws=draws)
+    rows = token_rows(model.plan)
+    of_tokens = [(n, t) for n, t in seen.values() if B in t.shape or t.shape[:1].numel() in rows]
     logits = sum(n for n, t in of_tokens if t.shape[-1] == V)
-    return sum(n for n, _ in of_tokens) - logits, logits
+    head = sum(n for n, t in seen.values() if t.shape == (V, model.plan.n_embd))
+    return sum(n for n, _ in of_tokens) - logits, logits + head
 
 
-def built_gpt2(n_layer: int) -> tuple[GPT2, Shape]:
-    sizes = {**TINY, "n_layer": n_layer, "sequence_len": T, "bias": False, "tied_head": True}
-    plan = ModelPlan(
-        family="gpt2", dropout=0.0, params=0, params_matmul=0, flops_per_token=0, **sizes
-    )
-    model = GPT2(plan)
-    model.init_weights(0)
-    return model, cost.gpt2(**sizes)
+def token_rows(plan: ModelPlan) -> set[int]:
+    """The numbers of rows that matrices of tokens have, taken ones included, and heads together."""
+    parts = [capacity_of(plan.loop, i) for i in range(8)] if plan.loop else [1.0]
+    return {B * math.ceil(part * T) for part in parts} | {B * plan.n_head}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_gpt2_keeps_what_autograd_saves(n_layer, precision):
-    model, shape = built_gpt2(n_layer)
-    idx = torch.zeros(B, T, dtype=torch.long)
-    kept, logits = saved_bytes(model, lambda: model(idx, idx), precision)
+    plan = model_plan(family="gpt2", **TINY, n_layer=n_layer)
+    shape = planned_shape(plan)
+    kept, logits = saved_bytes(built(plan), precision)
     counted = memory.activation_bytes(job(shape, precision=precision))
     assert counted == pytest.approx(kept, rel=0.03)
     assert logits == 4 * B * T * V  # the log-softmax; two gradients join it in the backward pass
@@ -110,41 +128,80 @@ def test_gpt2_keeps_what_autograd_saves(n_layer, precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
-def test_depth_keeps_what_autograd_saves(n_kv_head, precision):
-    sizes = {**TINY, "n_layer": 6, "n_kv_head": n_kv_head}
-    model, shape = Depth(**sizes), cost.depth(**sizes, sequence_len=T)
-    idx = torch.zeros(B, T, dtype=torch.long)
-    kept, logits = saved_bytes(model, lambda: model(idx), precision)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"value_embeddings": False},
+        {"residual_scalars": False},
+        {"exportable": True},
+        {"window_pattern": "SL"},
+    ],
+    ids=lambda parts: next(iter(parts), "all"),
+)
+def test_depth_keeps_what_autograd_saves(parts, n_kv_head, precision):
+    plan = model_plan(family="depth", **TINY, n_layer=5, n_kv_head=n_kv_head, **parts)
+    kept, head = saved_bytes(built(plan), precision)
+    counted = memory.memory(job(planned_shape(plan), precision=precision))
+    assert counted.activations == pytest.approx(kept, rel=0.03)
+    assert head == 4 * V * 128  # its gradient; no logits, which come and go in chunks
+    assert counted.logits == head + B * T * V * (10 if precision == "bf16" else 8)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("mixture_of_depths", [False, True])
+@pytest.mark.parametrize(
+    ("recurrence", "backprop_depth", "lora_rank"), [(1, None, 0), (4, None, 32), (8, 2, 32)]
+)
+def test_looped_keeps_what_autograd_saves(
+    recurrence, backprop_depth, lora_rank, mixture_of_depths, precision
+):
+    loops = {"backprop_depth": backprop_depth, "lora_rank": lora_rank}
+    plan = model_plan(**LOOPED, **TINY, **loops, mixture_of_depths=mixture_of_depths)
+    kept, head = saved_bytes(built(plan), precision, Draws(torch.arange(B), recurrence))
+    shape = planned_shape(plan, recurrence=recurrence)
     counted = memory.memory(job(shape, precision=precision))
     assert counted.activations == pytest.approx(kept, rel=0.03)
-    assert counted.logits == 2 * logits  # and as much again while going backward
+    assert counted.logits == head + B * T * V * (10 if precision == "bf16" else 8)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("recurrence", "backprop_depth"), [(1, None), (4, None), (8, 2)])
-def test_looped_keeps_what_autograd_saves(recurrence, backprop_depth, precision):
-    model = Looped(**LOOPED, **TINY)
-    loops = {"recurrence": recurrence, "backprop_depth": backprop_depth}
-    shape = cost.looped(**LOOPED, **TINY, **loops, sequence_len=T)
-    idx = torch.zeros(B, T, dtype=torch.long)
-    kept, _ = saved_bytes(model, lambda: model(idx, **loops), precision)
-    counted = memory.activation_bytes(job(shape, precision=precision))
-    assert counted == pytest.approx(kept, rel=0.03)
+def test_logits_come_in_chunks():
+    """However many tokens: no more than a chunk of them at once, and the head's gradient."""
+    shape = depth(12, vocab_size=32768)
+    chunks = memory.HEAD_CHUNK
+    assert list(chunks.values()) == [layers.HEAD_CHUNK[False], layers.HEAD_CHUNK[True]]
+    small, large = (memory.memory(job(shape, micro_batch=b)) for b in (1, 64))
+    head = 4 * 32768 * 768
+    assert small.logits == 10 * 2048 * 32768 + head
+    assert large.logits == 10 * chunks["cuda"] + head
+
+
+def test_only_our_own_models_are_counted_by_their_code():
+    """Others keep what a norm of torch's own and their own activation keep."""
+    for shape in (depth(12), looped_546m()):
+        ours = memory.activation_bytes(job(shape))
+        others = memory.activation_bytes(job(shape, framework="no such framework"))
+        assert ours < 0.8 * others
+    gpt2 = cost.gpt2(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, sequence_len=1024)
+    others = job(gpt2, framework="no such framework")
+    assert memory.activation_bytes(job(gpt2)) == memory.activation_bytes(others)
 
 
 def test_a_checkpointed_layer_keeps_its_input():
+    def plan(n_layer: int) -> ModelPlan:
+        return model_plan(family="depth", **TINY, n_layer=n_layer, exportable=True)
+
     def saved(n_layer: int) -> int:
-        model = Depth(**TINY, n_layer=n_layer, n_kv_head=4)
-        idx = torch.zeros(B, T, dtype=torch.long)
-        return saved_bytes(model, lambda: model(idx, checkpointing=True), "bf16")[0]
+        model = built(plan(n_layer))
+        for block in model.h:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        return saved_bytes(model, "bf16")[0]
 
     def counted(n_layer: int) -> float:
-        shape = cost.depth(**TINY, n_layer=n_layer, sequence_len=T)
-        return memory.activation_bytes(job(shape, checkpointing=True))
+        return memory.activation_bytes(job(planned_shape(plan(n_layer)), checkpointing=True))
 
     assert counted(6) - counted(2) == saved(6) - saved(2)
-    whole = memory.activation_bytes(job(cost.depth(**TINY, n_layer=1, sequence_len=T)))
+    whole = memory.activation_bytes(job(planned_shape(plan(1))))
     assert counted(1) > 0.9 * whole  # one block is there again while it is recomputed
 
 
@@ -374,13 +431,49 @@ def test_rows_without_a_shape_are_counted(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- CPUs
 
 
-def test_the_cpu_count_is_what_it_was():
-    sizes = {"tokens": 64, "n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 65}
-    sizes |= {"sequence_len": 32}
-    assert memory.cpu_activation_bytes(**sizes, precision="fp32", attention="sdpa") == 64 * (
+def test_the_cpu_count_of_gpt2_is_what_it_was():
+    shape = cost.gpt2(n_layer=2, n_head=4, n_embd=128, vocab_size=65, sequence_len=32)
+    sizes = {"tokens": 64}
+    assert memory.cpu_activation_bytes(shape, **sizes, precision="fp32", attention="sdpa") == 64 * (
         2 * 128 * (8 + 17 * 4) + 65 * 12
     )
-    assert memory.cpu_activation_bytes(**sizes, precision="bf16", attention="matmul") == 64 * (
-        2 * (128 * (8 + 17 * 2) + 4 * 32 * 2) + 3 * 4 * 32 * 2 + 65 * 10
+    matmul = memory.cpu_activation_bytes(shape, **sizes, precision="bf16", attention="matmul")
+    assert matmul == 64 * (2 * (128 * (8 + 17 * 2) + 4 * 32 * 2) + 3 * 4 * 32 * 2 + 65 * 10)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"family": "depth", "n_layer": 5, "n_kv_head": 2},
+        {"family": "depth", "n_layer": 4, "exportable": True},
+        {**LOOPED, "max_recurrence": 5},
+        {**LOOPED, "mixture_of_depths": True, "backprop_depth": 2},
+    ],
+    ids=["depth", "exportable", "looped", "mixture of depths"],
+)
+def test_on_a_cpu_the_modern_families_keep_what_autograd_saves(keys, attention, precision):
+    plan = model_plan(**{**TINY, **keys})
+    most = plan.loop.max_recurrence if plan.loop else None
+    draws = Draws(torch.arange(B), most) if most else None
+    kept, head = saved_bytes(built(plan, attention=attention), precision, draws)
+    counted = memory.cpu_activation_bytes(
+        planned_shape(plan, recurrence=most),
+        tokens=B * T,
+        precision=precision,
+        attention=attention,
     )
+    wide = 2 if precision == "bf16" else 4
+    counted -= 3 * B * 4 * T * T * wide if attention == "matmul" else 0  # scores, for a moment
+    counted -= B * T * V * (10 if precision == "bf16" else 8)  # logits, for a moment
+    assert counted - head == pytest.approx(kept, rel=0.03)
+
+
+def test_a_state_is_weights_gradients_and_moments():
     assert memory.state_bytes(10) == 160
+    assert memory.state_bytes(10, muon_params=6) == 10 * 8 + 4 * 8 + 6 * 4
+    shape = looped_546m()
+    plain, muon = (memory.memory(job(shape, optimizer=o)).optimizer for o in ("adamw", "muon"))
+    assert plain == 8 * shape.params
+    assert plain - muon == 4 * shape.params_muon

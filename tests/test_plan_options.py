@@ -455,7 +455,7 @@ def test_each_warning_of_a_plan() -> None:
 def test_a_plain_affordable_run_raises_nothing() -> None:
     data = dataclasses.replace(corpus("fineweb_edu", "bpe:32768"), exact=True)
     found = flagged("auto", "budget.usd=100", "machine.cloud=verda", data=data)
-    assert set(found) <= {"loss_extrapolated"}
+    assert set(found) <= {"loss_extrapolated", "not_exportable"}
 
 
 # ---------------------------------------------------------------- shown

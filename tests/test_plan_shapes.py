@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
+from families import data_plan
 
-from tuppence.config import Model
+from tuppence.config import Model, Run, Train
 from tuppence.errors import UserError
+from tuppence.model.looped import draw_recurrence
 from tuppence.plan import laws
-from tuppence.plan.shapes import divisors, laid_out, nearest_divisor, shape_of, windows
+from tuppence.plan.asked import solve_model
+from tuppence.plan.shapes import (
+    divisors,
+    expected_recurrence,
+    export_warnings,
+    laid_out,
+    nearest_divisor,
+    shape_of,
+    windows,
+)
 
 LOOPED = Model(
     family="looped",
@@ -39,7 +51,7 @@ def test_the_dial_of_gpt2_is_gpt2() -> None:
 
 
 def test_guide_004_is_12_9_billion() -> None:
-    shape = shape_of(Model(depth=64), 32)
+    shape = shape_of(Model(depth=64, exportable=True), 32)
     assert shape.params == 12 * 64 * 4096**2 + 2 * 32 * 4096
     assert shape.flops_per_token == 6 * shape.params_matmul + 12 * 64 * 4096 * 2048
 
@@ -107,7 +119,7 @@ def test_divisors() -> None:
 
 
 def test_depth_12_is_the_reference() -> None:
-    twelve = shape_of(Model(depth=12), 32768)
+    twelve = shape_of(Model(depth=12, exportable=True), 32768)
     tokens = laws.horizon_tokens(twelve, "muon")
     assert tokens == 10.5 * (12 * 12 * 768**2 + 32768 * 768)
     found = laws.recipe(twelve, "muon", tokens)
@@ -119,13 +131,56 @@ def test_depth_12_is_the_reference() -> None:
 
 def test_larger_models_take_larger_batches_and_decay_less() -> None:
     """At depth 24: batch x (D / D_12)^0.383, rounded to a power of two; rates by its root."""
-    shape = shape_of(Model(depth=24), 32768)
+    shape = shape_of(Model(depth=24, exportable=True), 32768)
     tokens = laws.horizon_tokens(shape, "muon")
     found = laws.recipe(shape, "muon", tokens)
     assert found.batch_tokens == 2**20
     assert found.learning_rate == pytest.approx(0.02 * math.sqrt(2))
     assert found.embedding_rate == pytest.approx(0.3)  # sqrt(2) x (1536 / 768)^-0.5
     assert found.weight_decay == pytest.approx(0.28 * math.sqrt(2) * 110100480 / 729808896)
+
+
+def test_small_batches_slow_muon_by_their_eighth_root_and_keep_rate_times_decay() -> None:
+    shape = shape_of(Model(depth=4), 4096)
+    found = laws.recipe(shape, "muon", 2e6, batch_tokens=2**13)
+    assert found.learning_rate == pytest.approx(0.02 * 2 ** (-6 / 8))
+    assert found.embedding_rate == pytest.approx(0.3 * 2**-3 * 3**0.5)
+    other = laws.recipe(shape, "muon", 2e6, batch_tokens=2**14)
+    twice = 2 * found.learning_rate * found.weight_decay  # a step of twice as many tokens
+    assert other.learning_rate * other.weight_decay == pytest.approx(twice)
+    short = laws.recipe(shape, "muon", 1e5, batch_tokens=2**14)
+    assert short.learning_rate * short.weight_decay == pytest.approx(0.1)  # a tenth a step at most
+
+
+def test_rates_that_are_said_stand() -> None:
+    found = laws.recipe(shape_of(Model(depth=4), 4096), "muon", 2e6)
+    said = laws.overridden(found, Train(optimizer="muon", learning_rate=0.5, head_rate=0.1))
+    assert (said.learning_rate, said.head_rate) == (0.5, 0.1)
+    assert said.embedding_rate == found.embedding_rate
+    gpt2 = laws.recipe(shape_of(Model(family="gpt2", depth=4), 4096), "adamw", 2e6)
+    alone = laws.overridden(gpt2, Train(learning_rate=0.5, head_rate=0.1))
+    assert (alone.embedding_rate, alone.head_rate) == (0.5, 0.1)
+
+
+def test_what_cannot_be_exported_is_said_or_refused() -> None:
+    assert not export_warnings(Model(family="gpt2", n_layer=1, n_embd=8))
+    assert not export_warnings(Model(depth=4, exportable=True))
+    assert not export_warnings(Model(depth=4, exportable=True, window_pattern="L"))
+    (said,) = export_warnings(Model(depth=4))
+    assert said.code == "not_exportable"
+    assert "value_embeddings or residual_scalars" in said.message
+    plain = Model(depth=4, value_embeddings=False, residual_scalars=False, window_pattern="SL")
+    assert "window_pattern" in export_warnings(plain)[0].message
+    for odd in (Model(depth=4, value_embeddings=True), Model(depth=4, window_pattern="SL")):
+        with pytest.raises(UserError, match="exportable=on"):
+            shape_of(dataclasses.replace(odd, exportable=True), 100)
+
+
+def test_the_mean_of_r_is_that_of_what_is_drawn() -> None:
+    loop = solve_model(Run(model=LOOPED), data_plan(32768)).loop
+    drawn = [draw_recurrence(loop, seed=0, step=step) for step in range(20_000)]
+    assert expected_recurrence(loop) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
+    assert 4.4 < expected_recurrence(loop) < 4.6
 
 
 def test_adamw_follows_its_own_rate_and_a_short_run_takes_small_batches() -> None:
@@ -135,4 +190,6 @@ def test_adamw_follows_its_own_rate_and_a_short_run_takes_small_batches() -> Non
     short = laws.recipe(gpt2, "adamw", 1e6)
     assert short.batch_tokens <= 1e6 / 100 * math.sqrt(2)
     assert short.batch_tokens % 1024 == 0
-    assert short.learning_rate < found.learning_rate
+    smaller = laws.recipe(gpt2, "adamw", 1e6, batch_tokens=1024)
+    assert smaller.batch_tokens == 1024
+    assert smaller.learning_rate < short.learning_rate

@@ -91,12 +91,13 @@ class Machine:
     evaluation: Callable[[], float]
     save: Callable[[], float]
     save_every: float = math.inf
+    work: Callable[[int], float] = lambda step: 1.0
 
 
 def simulate(plan: Plan, machine: Machine) -> tuple[list[Turn], float]:
     """The loop of train/loop.py with simulated work."""
     clock = Clock(plan.machine.usd_per_hour, machine.startup)
-    pace, last_save = Pace(plan, clock), machine.startup  # type: ignore[arg-type]
+    pace, last_save = Pace(plan, clock, work=machine.work), machine.startup  # type: ignore[arg-type]
     turns: list[Turn] = []
     every = plan.cadence.eval_every_progress
     assert every is not None
@@ -110,7 +111,8 @@ def simulate(plan: Plan, machine: Machine) -> tuple[list[Turn], float]:
         return not pace.timed or pace.room_for(seconds, len(turns))
 
     while turn := pace.next(len(turns)):
-        pace.step_took(spend(machine.step()))
+        number = len(turns)
+        pace.step_took(number, spend(machine.step() * machine.work(number)))
         turns.append(turn)
         if turn.last:
             break
@@ -266,6 +268,21 @@ def test_odd_machines_land(odd: Callable[[Case, random.Random], Machine], case_o
         draw = random.Random(seed)
         case = case_of(draw, 600, 2000)
         land(case, odd(case, draw), least=0.97)
+
+
+def test_steps_of_drawn_work_land(case_of: Any) -> None:
+    """A looped model's steps differ up to eightfold, but it is known beforehand by how much."""
+    for seed in range(20):
+        draw = random.Random(seed)
+        drawn = [min(3.5, max(0.4, math.exp(random.Random(n).gauss(0, 0.5)))) for n in range(10000)]
+        case = case_of(draw, 600, 500)
+        machine = machine_of(draw, case, noise=0.1, work=drawn.__getitem__)
+        turns, _ = simulate(case.plan, machine)
+        land(case, machine, least=0.97)
+        jumps = [b.progress - a.progress for a, b in itertools.pairwise(turns)][5:-2]
+        heavy = [jump for n, jump in enumerate(jumps, 6) if drawn[n] > 1.5]
+        light = [jump for n, jump in enumerate(jumps, 6) if drawn[n] < 0.7]
+        assert min(heavy) > max(0.0, sum(light) / len(light))  # progress is time, not steps
 
 
 def test_a_late_last_step_is_paid_out_of_the_evaluation(case_of: Any) -> None:

@@ -24,7 +24,7 @@ from tuppence.plan.solve import solve
 from tuppence.train import loop
 from tuppence.train.interrupt import Interrupted
 from tuppence.train.loop import train
-from tuppence.train.optim import adamw
+from tuppence.train.optim import optimizers_of
 
 TINY = [
     "budget.steps=20",
@@ -249,7 +249,8 @@ def test_a_kill_between_a_save_and_its_pointers_is_mended(
     monkeypatch.setattr(checkpoint, "point", point)
     assert checkpoint.pointer(RunFolder(tmp_path / "run"), "best") is None
     model = GPT2(plan_of().model)
-    checkpoint.load_newest(RunFolder(tmp_path / "run"), model, adamw(model, plan_of().optimizer))
+    optimizers = optimizers_of(model, plan_of().optimizer)
+    checkpoint.load_newest(RunFolder(tmp_path / "run"), model, optimizers)
     best = checkpoint.pointer(RunFolder(tmp_path / "run"), "best")
     assert best is not None
     assert best.step == 10

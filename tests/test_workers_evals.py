@@ -6,26 +6,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from families import model_plan
 
 from tuppence import evals
-from tuppence.config import ModelPlan
 from tuppence.model import build
 from tuppence.workers import Workers
 
-PLAN = ModelPlan(
-    family="gpt2",
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    vocab_size=40,
-    sequence_len=32,
-    bias=True,
-    tied_head=False,
-    dropout=0.0,
-    params=0,
-    params_matmul=0,
-    flops_per_token=0,
-)
+PLAN = model_plan(vocab_size=40, n_layer=2, n_head=2, sequence_len=32, bias=True, tied_head=False)
 
 
 def workers_of(count: int) -> Workers:
@@ -138,7 +125,8 @@ def test_greedy_sampling_is_the_argmax_of_the_full_forward() -> None:
     assert len(set(ids)) > 5
     for end in range(5, 55):
         with torch.no_grad():
-            logits = workers.model(torch.tensor([ids[max(0, end - 32) : end]]))[0, -1]
+            window = ids[evals.window_start(end, 32) : end]
+            logits = workers.model(torch.tensor([window]))[0, -1]
         assert ids[end] == int(logits.argmax())
 
 

@@ -10,6 +10,7 @@ checkpoint.json holds the sha256 of the other files; a pointer holds the sha256 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tuppence.files import file_sha256
 from tuppence.folder import RunFolder, write_text
 from tuppence.folder import load as load_json
 
+Optimizers = Sequence[torch.optim.Optimizer]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -63,9 +65,7 @@ class Pointer:
     sha256: str
 
 
-def save(
-    folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: State
-) -> Pointer:
+def save(folder: RunFolder, model: nn.Module, optimizers: Optimizers, state: State) -> Pointer:
     """Write a checkpoint and point `last` at it.
 
     Raises Fault, leaving every earlier checkpoint as it was, when the disk is full or read-only.
@@ -75,7 +75,7 @@ def save(
     aside = folder.checkpoints / f".{name}.{os.getpid()}"
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        sha256 = _write(aside, model, optimizer, state)
+        sha256 = _write(aside, model, optimizers, state)
         if final.exists():  # a resumed run reached this step again
             os.replace(final, folder.checkpoints / f".{name}.replaced")
         os.replace(aside, final)
@@ -133,9 +133,7 @@ def choose(folder: RunFolder, which: str) -> Path:
     return path
 
 
-def load_newest(
-    folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> State | None:
+def load_newest(folder: RunFolder, model: nn.Module, optimizers: Optimizers) -> State | None:
     """Load the newest checkpoint that verifies; None where there is none at all.
 
     A damaged one is passed over with an event. Raises Fault where all are damaged. The pointers
@@ -144,7 +142,7 @@ def load_newest(
     there = complete(folder)
     for path in reversed(there):
         try:
-            state = load(path, model, optimizer)
+            state = load(path, model, optimizers)
         except Fault as error:
             folder.event("checkpoint_damaged", str(error), path=path.name)
             continue
@@ -161,7 +159,7 @@ def load_newest(
     return None
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+def load(path: Path, model: nn.Module, optimizers: Optimizers = ()) -> State:
     """Verify a checkpoint's hashes and load it. Raises Fault naming the damaged file."""
     verify(path)
     tensors = load_file(path / "model.safetensors")
@@ -176,8 +174,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    if optimizer is not None:
-        _load_optimizer(path, model, optimizer)
+    if optimizers:
+        _load_optimizers(path, model, optimizers)
     return load_json(State, path / "state.json")
 
 
@@ -200,12 +198,12 @@ def verify(path: Path) -> None:
             )
 
 
-def _write(aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> str:
+def _write(aside: Path, model: nn.Module, optimizers: Optimizers, state: State) -> str:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     save_file(tensors, aside / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+    save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
     (aside / "state.json").write_text(config.to_json(state))
     for name in FILES:
         _flush(aside / name)
@@ -215,27 +213,24 @@ def _write(aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer, stat
     return hashes["model.safetensors"]
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """`{"<parameter>.<moment>": tensor}`; names, not positions, so that any order can load it."""
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizers(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
     tensors = load_file(path / "optimizer.safetensors")
     parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition(".")
         parameter = parameters[name]
-        on = torch.device("cpu") if key == "step" and not _fused(optimizer) else parameter.device
-        optimizer.state[parameter][key] = tensor.to(on)
-
-
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.param_groups[0].get("fused"))
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device)
 
 
 def _cannot_save(folder: RunFolder, step: int, error: Exception) -> str:

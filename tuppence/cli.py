@@ -32,8 +32,10 @@ RUN_VERBS = {
     "eval": ("loss and bits per byte of a checkpoint on the whole val split", "--checkpoint best"),
     "sample": ("let the trained model continue a prompt", '"ROMEO:" --tokens 300'),
     "receipt": ("what was promised against what was paid", ""),
+    "export": ("the trained model as a folder that transformers loads", "--to hf"),
 }
 PLAIN_VERBS = {
+    "import": "weights of others, to start a run from with train.init_from",
     "recipes": "the recipes there are, with what each one asks",
     "runs": "the runs in the runs folder",
     "calibrate": "measure this machine: matmul ceiling, bandwidth, disk",
@@ -124,10 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (text, example) in RUN_VERBS.items():
         _run_verb(verbs, verb, text, example)
     for verb, text in PLAIN_VERBS.items():
+        words = f"{verb} openai-community/gpt2" if verb == "import" else verb
         sub = verbs.add_parser(
-            verb, help=text, description=text, epilog=f"example: tuppence {verb}"
+            verb, help=text, description=text, epilog=f"example: tuppence {words}"
         )
         _common(sub)
+        if verb == "import":
+            _import_options(sub)
         if verb == "prices":
             sub.add_argument("--prices", metavar="FILE", help="your own prices (docs/prices.md)")
             sub.add_argument(
@@ -190,6 +195,12 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     if verb == "receipt":
         return
     sub.add_argument("--checkpoint", default="best", help="best (default), last or a step")
+    if verb in ("eval", "sample"):
+        _loop_options(sub)
+    if verb == "export":
+        sub.add_argument("--to", default="hf", choices=["hf"], help="hf, the one there is")
+        sub.add_argument("--out", metavar="DIR", help="the folder to write (RUN/export/hf)")
+        return
     if verb == "eval":
         sub.add_argument("--tasks", default="bpb", help="bpb, the one there is so far")
         return
@@ -198,3 +209,29 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
     sub.add_argument("--top-k", type=int, default=200, help="draw from this many tokens (200)")
     sub.add_argument("--seed", type=int, default=1337, help="the same seed, the same text (1337)")
+
+
+def _loop_options(sub: argparse.ArgumentParser) -> None:
+    """How long a looped model thinks."""
+    loops = sub.add_argument_group("a looped model's iterations")
+    loops.add_argument("--recurrence", type=int, metavar="R", help="so many (its training's mean)")
+    loops.add_argument(
+        "--exit-kl",
+        type=float,
+        metavar="NATS",
+        help="stop a token when successive outputs differ by less (5e-4 is usual)",
+    )
+    loops.add_argument(
+        "--exit-whole", action="store_true", help="stop all tokens at once, when their mean does"
+    )
+
+
+def _import_options(sub: argparse.ArgumentParser) -> None:
+    """What to read, and what to call it."""
+    sub.add_argument(
+        "source",
+        metavar="DIR|HUB_ID|FILE",
+        help="a folder of transformers, a model's name on the Hub, or nanoGPT's ckpt.pt",
+    )
+    sub.add_argument("--name", help="what to call it (as the source)")
+    sub.add_argument("--out", default="imports", metavar="DIR", help="where it goes (imports)")

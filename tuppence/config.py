@@ -57,8 +57,9 @@ class Machine:
 class Model:
     """The architecture. Widths in channels, `sequence_len` in tokens.
 
-    `depth` is the one dial: width 64 x depth, heads of 128. `n_prelude` and the keys after it are
-    the looped family's (docs/plan.md).
+    `depth` is the one dial: width 64 x depth, heads of 128. `exportable` leaves out what no
+    architecture of transformers has. `n_prelude` and the keys after it are the looped family's
+    (docs/models.md).
     """
 
     family: str | None = None
@@ -73,6 +74,9 @@ class Model:
     tied_head: bool | None = None
     dropout: float | None = None
     window_pattern: str | None = None
+    value_embeddings: bool | None = None
+    residual_scalars: bool | None = None
+    exportable: bool | None = None
     n_prelude: int | None = None
     n_recurrent: int | None = None
     n_coda: int | None = None
@@ -96,12 +100,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    """The optimisation. `*_every` count steps; unset, the plan spaces them by progress and time."""
+    """The optimisation. `*_every` count steps; unset, the plan spaces them by progress and time.
+
+    `learning_rate` is the matrices' and, unless they have rates of their own, everything's;
+    `momentum` is Muon's. `init_from` is a folder of weights to start from (tuppence import).
+    """
+
+    init_from: str | None = None
 
     batch_tokens: int | None = None
     micro_batch: int | None = None
     optimizer: str | None = None
     learning_rate: float | None = None
+    embedding_rate: float | None = None
+    head_rate: float | None = None
+    scalar_rate: float | None = None
+    momentum: float | None = None
     lr_floor: float | None = None
     schedule: str | None = None
     warmup: float | None = None
@@ -157,18 +171,40 @@ class Warning:
 
 
 @dataclass(frozen=True)
+class LoopPlan:
+    """The looped family's own numbers. `backprop_depth` None: through every iteration."""
+
+    n_prelude: int
+    n_recurrent: int
+    n_coda: int
+    mean_recurrence: float
+    max_recurrence: int
+    backprop_depth: int | None
+    lora_rank: int
+    mixture_of_depths: bool
+
+
+@dataclass(frozen=True)
 class ModelPlan:
-    """A fully specified model. `flops_per_token` counts forward and backward (see plan/cost.py)."""
+    """A fully specified model. `flops_per_token` counts forward and backward (see plan/cost.py).
+
+    `n_layer` blocks are stored; `windows` is how many positions each layer's query looks at.
+    """
 
     family: str
     n_layer: int
     n_head: int
+    n_kv_head: int
     n_embd: int
     vocab_size: int
     sequence_len: int
     bias: bool
     tied_head: bool
     dropout: float
+    windows: tuple[int, ...]
+    value_embeddings: bool
+    residual_scalars: bool
+    loop: LoopPlan | None
     params: int
     params_matmul: int
     flops_per_token: int
@@ -210,16 +246,35 @@ class MachinePlan:
 
 
 @dataclass(frozen=True)
-class OptimizerPlan:
-    """AdamW; `learning_rate` is the peak, multiplied by the schedule."""
+class GroupPlan:
+    """How one kind of parameters moves. `optimizer` is adamw or muon (whose momentum is beta1);
+    `learning_rate` is the peak, multiplied by the schedule."""
 
-    name: str
+    optimizer: str
     learning_rate: float
     weight_decay: float
     beta1: float
     beta2: float
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """Who moves what: a group for each kind of parameter that the model names."""
+
+    name: str
+    groups: dict[str, GroupPlan]
     eps: float
     grad_clip: float
+
+    @property
+    def learning_rate(self) -> float:
+        """The matrices' peak: the one that is told and logged."""
+        return self.groups["matrix"].learning_rate
+
+    @property
+    def weight_decay(self) -> float:
+        """The matrices'."""
+        return self.groups["matrix"].weight_decay
 
 
 @dataclass(frozen=True)
@@ -286,8 +341,16 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class InitPlan:
+    """The weights that a run starts from: a folder, and the sha256 of its model.safetensors."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that was solved; the trainer reads nothing else."""
+    """All that was solved; the trainer reads nothing else. `init` None: from drawn weights."""
 
     version: int
     name: str
@@ -301,6 +364,7 @@ class Plan:
     cadence: CadencePlan
     predicted: Predicted
     warnings: tuple[Warning, ...]
+    init: InitPlan | None = None
 
 
 # ---------------------------------------------------------------- key=value
@@ -310,11 +374,14 @@ def override(run: Run, assignments: list[str]) -> Run:
     """Apply `key=value` strings to a run, left to right.
 
     A `budget.*` among them replaces the recipe's budget as a whole (the person's budget is the
-    budget). Raises UserError for an unknown key or a value of the wrong type.
+    budget), a `train.init_from` the recipe's model (the weights' model is the model). Raises
+    UserError for an unknown key or a value of the wrong type.
     """
     pairs = [_split(a) for a in assignments]
     if any(key.startswith("budget.") for key, _ in pairs):
         run = dataclasses.replace(run, budget=Budget())
+    if any(key == "train.init_from" and text.lower() != "none" for key, text in pairs):
+        run = dataclasses.replace(run, model=Model())
     for key, text in pairs:
         run = _assign(run, key, text)
     return run

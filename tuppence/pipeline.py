@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tuppence import config, host, recipes
+from tuppence import config, host, origin, recipes
 from tuppence.config import Budget, DataPlan, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, RunLock
@@ -32,7 +32,7 @@ from tuppence.plan.estimate import rounds
 from tuppence.plan.solve import solve
 from tuppence.train.pace import finish_seconds
 
-NOTES = ("data_estimated", "plan_only")
+NOTES = ("data_estimated", "plan_only", "not_exportable")
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
 
 
@@ -55,6 +55,7 @@ def asked(args: Namespace) -> Run:
     words = list(args.words)
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
     run = named(config.override(recipes.get(spec), words), spec)
+    run = origin.started(run, _begun(args, run))
     refuse_unprepared(run.data.source or "")
     check_values(run)
     check_trainable(run)
@@ -79,6 +80,13 @@ def named(run: Run, spec: str) -> Run:
     if run.data.source is None:
         raise UserError("data.source is not set; say data.source='texts/*.txt' or a corpus's name")
     return dataclasses.replace(run, name=name)
+
+
+def _begun(args: Namespace, run: Run) -> Run | None:
+    """What was asked of the run's folder before, where that is to go on from other weights."""
+    folder = RunFolder(Path(args.runs) / str(run.name))
+    goes_on = run.train.init_from is not None and folder.exists() and not args.fresh
+    return folder.run() if goes_on else None
 
 
 def threads_of(run: Run) -> int:
@@ -197,7 +205,9 @@ def solved(
 def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float | None) -> Plan:
     if spent is not None:
         known = dataclasses.replace(known, startup_seconds=max(known.startup_seconds, spent))
-    return solve(run, data, known)
+    plan = solve(run, data, known)
+    where = run.train.init_from
+    return plan if where is None else dataclasses.replace(plan, init=origin.pinned(where))
 
 
 def device_of(run: Run) -> str:
@@ -281,6 +291,7 @@ def _attempt(
                 frozen = solved(wanted, data, spent_seconds=meter.seconds())
                 refuse_warnings(frozen.warnings, args)
             _freeze(folder, frozen, words)
+            _warn_of_tokens(folder, frozen, made.folder / "tokenizer")
         elif data.inputs_sha256 != frozen.data.inputs_sha256:
             raise UserError(
                 f"data.source={data.source} has changed since {folder.path} was planned; restore "
@@ -316,6 +327,14 @@ class _Within:
                 f"the budget was spent after {self.meter.seconds():.0f} s, before the data was "
                 f"prepared; prepare it first (tuppence prepare with the same words), or give more"
             )
+
+
+def _warn_of_tokens(folder: RunFolder, plan: Plan, tokenizer: Path) -> None:
+    """Say it where the weights that the run starts from know other tokens."""
+    found = None if plan.init is None else origin.other_tokenizer(plan.init.path, tokenizer)
+    if found is not None:
+        folder.event(found.code, found.message)
+        say(f"warning   {found.message} [{found.code}]")
 
 
 def _freeze(folder: RunFolder, found: Plan, words: str) -> None:

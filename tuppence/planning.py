@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tuppence import config, host, recipes
+from tuppence import config, host, origin, recipes
 from tuppence.config import DataPlan, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.live import folded, screen_width
 from tuppence.pipeline import device_of, named, refuse_unprepared, say, solved, surveyed, threads_of
 from tuppence.plan import shapes
-from tuppence.plan.asked import check_budget, check_trainable, check_values
+from tuppence.plan.asked import check_budget, check_trainable, check_values, optimizer_of
 from tuppence.plan.cost import Shape
 from tuppence.plan.describe import local_option, plan_text
 from tuppence.plan.flags import flags
@@ -40,7 +40,6 @@ from tuppence.plan.table import (
     side_by_side,
     warnings_text,
 )
-from tuppence.plan.work import optimizer_of
 
 QUICK_SECONDS = 2.0  # of a step that a plan may measure by itself
 LONG_HOURS = 72.0  # a run that takes longer here stands in the table alone
@@ -121,7 +120,7 @@ def _default(overrides: list[str]) -> str:
 
 
 def _planned(spec: str, overrides: list[str], book: Book) -> Planned:
-    run = named(config.override(recipes.get(spec), overrides), spec)
+    run = origin.started(named(config.override(recipes.get(spec), overrides), spec))
     check_values(run)
     check_budget(run.budget)
     run = _with_tokenizer(run)

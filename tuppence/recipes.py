@@ -31,10 +31,10 @@ def shakespeare() -> Run:
     """Two cents: a character-level GPT on tiny Shakespeare, three minutes of two CPU cores."""
     return Run(
         budget=Budget(usd=0.02),
-        model=Model(family="gpt2", n_layer=4, n_head=4, n_embd=192, sequence_len=128),
+        model=Model(family="depth", n_layer=4, n_embd=192, sequence_len=256, exportable=True),
         data=Data(source="shakespeare", tokenizer="char"),
         train=Train(
-            batch_tokens=16 * 128, learning_rate=3e-3, warmup=0.1, weight_decay=0.5, beta2=0.99
+            optimizer="muon", batch_tokens=8 * 256, learning_rate=0.01, weight_decay=0.1, decay=0.5
         ),
     )
 

@@ -196,16 +196,74 @@ def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
     from tuppence.train.calibrate import pick_device
     from tuppence.workers import Workers
 
-    model = build(found.model, attention=found.machine.attention)
-    checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
     device = pick_device() if found.machine.device == "cuda" else "cpu"
+    model = build(found.model, attention=found.machine.attention, device=device)
+    checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
+    _set_loop(model, args)
     workers = Workers(
-        model.to(device),
+        model,
         count=cores if device == "cpu" else 1,
         device=device,
         precision=found.machine.precision,
     )
     return folder, found, workers, load_tokenizer(folder.tokenizer)
+
+
+def _set_loop(model: Any, args: Namespace) -> None:
+    """How many iterations a looped model runs. Raises UserError for what cannot be."""
+    from tuppence.model.looped import Looped
+
+    asked = {"--recurrence": args.recurrence, "--exit-kl": args.exit_kl}
+    given = [f"{key} {value:g}" for key, value in asked.items() if value is not None]
+    given += ["--exit-whole"] if args.exit_whole else []
+    if not given:
+        return
+    if not isinstance(model, Looped):
+        raise UserError(f"{given[0]}: only a looped model has iterations; leave it out")
+    if args.exit_kl is not None and model.loop.mixture_of_depths:
+        raise UserError(f"--exit-kl {args.exit_kl:g}: a model with mixture of depths does not stop")
+    if args.exit_kl is None and args.exit_whole:
+        raise UserError("--exit-whole: say --exit-kl too, when outputs agree")
+    if args.exit_kl is not None and args.exit_kl < 0:
+        raise UserError(f"--exit-kl {args.exit_kl:g}: not below zero")
+    if args.recurrence is not None and args.recurrence < 1:
+        raise UserError(f"--recurrence {args.recurrence}: at least 1")
+    model.recurrence = args.recurrence or model.recurrence
+    model.exit_kl, model.exit_whole = args.exit_kl, args.exit_whole
+
+
+# ---------------------------------------------------------------- in and out
+
+
+def export(args: Namespace) -> Document:
+    """A run's weights for transformers, and what reads its format."""
+    from tuppence.hub.export import export as write
+
+    folder = find(args.run, Path(args.runs))
+    made = write(folder, which=args.checkpoint, out=Path(args.out) if args.out else None)
+    if not args.json:
+        code = ", trust_remote_code=True" if made.code else ""
+        print(f"{made.folder}: {made.architecture}, {', '.join(made.files)}")
+        print(f'loads     AutoModelForCausalLM.from_pretrained("{made.folder}"{code})')
+    return {
+        "folder": str(made.folder),
+        "architecture": made.architecture,
+        "needs_trust_remote_code": made.code,
+        "files": made.files,
+    }
+
+
+def import_weights(args: Namespace) -> Document:
+    """Weights of others as a folder that train.init_from takes."""
+    from tuppence.hub.load import import_weights as read
+
+    made = read(args.source, name=args.name, parent=Path(args.out))
+    if not args.json:
+        keys = ", ".join(f"{k} {v}" for k, v in made.origin.document()["model"].items())
+        done = "already there" if made.reused else "done"
+        print(f"{made.folder}: {done}; {made.origin.architecture}: {keys}")
+        print(f"to train  tuppence run train.init_from={made.folder}")
+    return {"folder": str(made.folder), "reused": made.reused} | made.origin.document()
 
 
 # ---------------------------------------------------------------- the rest
@@ -295,6 +353,8 @@ VERBS = {
     "eval": evaluate,
     "sample": sample,
     "receipt": receipt,
+    "export": export,
+    "import": import_weights,
     "recipes": list_recipes,
     "runs": list_runs,
     "calibrate": calibrate,

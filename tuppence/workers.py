@@ -57,6 +57,10 @@ class Workers:
         shares = [share(0), *(other.result() for other in others)]
         return [shares[i % count][i // count] for i in range(len(items))]
 
+    def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work(item)` for each item, item i on core i mod W."""
+        return self.map(lambda _, item: work(item), items)
+
     def sum_gradients(self) -> None:
         """Add every worker's gradients to the first one's, in a fixed order, and drop them."""
         into = [p.grad for p in self.model.parameters() if p.grad is not None]

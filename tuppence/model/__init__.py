@@ -1,14 +1,45 @@
 """The model families. They share a signature, not a base class.
 
-`build(plan.model)` gives a module whose `forward(idx_BT, targets_BT)` is the loss and whose
-`forward(idx_BT)` is the logits, with `init_weights(seed)` and `parameter_groups()`.
+`build(plan.model)` gives a module with
+
+    forward(idx_BT)                logits [B, T, V]; with targets_BT the loss; with a cache the rest
+                                   of what the cache has seen
+    init_weights(seed)             every parameter, a function of the seed alone
+    parameter_groups()             every parameter once: matrix, embedding, head, norm, scalar
+    packed_rows()                  the matrices that are several below one another
 """
 
+import torch
+from torch import nn
+
 from tuppence.config import ModelPlan
+from tuppence.model.depth import Depth
 from tuppence.model.gpt2 import GPT2
+from tuppence.model.looped import Looped
+
+Family = GPT2 | Depth | Looped
+FAMILIES: dict[str, type[Family]] = {"gpt2": GPT2, "depth": Depth, "looped": Looped}
 
 
-def build(plan: ModelPlan, *, attention: str = "sdpa") -> GPT2:
-    """The planned model, weights not yet initialised."""
-    assert plan.family == "gpt2", plan.family
-    return GPT2(plan, attention=attention)
+def build(plan: ModelPlan, *, attention: str = "sdpa", device: str = "cpu") -> Family:
+    """The planned model on a device, weights allocated but not yet filled.
+
+    It is laid out on the meta device first: no parameter is ever filled twice.
+    """
+    with torch.device("meta"):
+        model: Family = FAMILIES[plan.family](plan, attention=attention)
+    _allocate(model, device)
+    return model
+
+
+def _allocate(model: nn.Module, device: str) -> None:
+    """Give every meta parameter memory, one for each even where two modules share it."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if p not in made:
+                    made[p] = nn.Parameter(torch.empty_like(p, device=device))
+                module._parameters[name] = made[p]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
-from tuppence.model.layers import Dropout, causal_mask, matmul_attention, sdpa
+from tuppence.model.layers import (
+    Cache,
+    Draws,
+    Dropout,
+    attend,
+    causal_mask,
+    cross_entropy,
+    embedding,
+    matmul_attention,
+)
 
 
 class Attention(nn.Module):
@@ -30,14 +39,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(plan.n_embd, 3 * plan.n_embd, bias=plan.bias)
         self.c_proj = nn.Linear(plan.n_embd, plan.n_embd, bias=plan.bias)
 
-    def forward(self, x_BTD: Tensor, mask_TT: Tensor, dropout: Dropout) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_TS: Tensor | None,
+        dropout: Dropout,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
         B, T, D = x_BTD.shape
         packed = self.c_attn(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = packed.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        if self.how == "matmul" or dropout.rate > 0:
-            y_BHTK = matmul_attention(q, k, v, mask_TT, dropout)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        if dropout.rate > 0:
+            assert mask_TS is not None
+            y_BHTK = matmul_attention(q, k, v, mask_TS, dropout)
         else:
-            y_BHTK = sdpa(q, k, v)
+            y_BHTK = attend(self.how, q, k, v, mask_TS)
         y_BTD: Tensor = self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return dropout(y_BTD)
 
@@ -64,8 +83,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(plan.n_embd, bias=plan.bias)
         self.mlp = MLP(plan)
 
-    def forward(self, x_BTD: Tensor, mask_TT: Tensor, dropout: Dropout) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TT, dropout)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_TS: Tensor | None,
+        dropout: Dropout,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TS, dropout, cache, layer)
         x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
         return x_BTD
 
@@ -77,9 +103,9 @@ class GPT2(nn.Module):
 
     def __init__(self, plan: ModelPlan, *, attention: str = "sdpa") -> None:
         super().__init__()
-        self.plan = plan
-        self.wte = nn.Embedding(plan.vocab_size, plan.n_embd)
-        self.wpe = nn.Embedding(plan.sequence_len, plan.n_embd)
+        self.plan, self.how = plan, attention
+        self.wte = embedding(plan.vocab_size, plan.n_embd)
+        self.wpe = embedding(plan.sequence_len, plan.n_embd)
         self.h = nn.ModuleList(Block(plan, attention) for _ in range(plan.n_layer))
         self.ln_f = nn.LayerNorm(plan.n_embd, bias=plan.bias)
         self.lm_head = nn.Linear(plan.n_embd, plan.vocab_size, bias=False)
@@ -99,33 +125,45 @@ class GPT2(nn.Module):
             p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once: matrices and embeddings decay, norms and biases do not."""
-        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-        for p in self.parameters():
-            groups["decay" if p.dim() >= 2 else "no_decay"].append(p)
-        return groups
+        """Every parameter once."""
+        groups: dict[str, list[nn.Parameter]] = {
+            "matrix": [p for p in self.h.parameters() if p.dim() >= 2],
+            "embedding": [*self.wte.parameters(), *self.wpe.parameters()],
+            "norm": [p for p in self.parameters() if p.dim() < 2],
+        }
+        return groups if self.plan.tied_head else groups | {"head": [*self.lm_head.parameters()]}
+
+    def packed_rows(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        """The matrices that are several below one another, and the rows of each."""
+        return {block.attn.c_attn.weight: (self.plan.n_embd,) * 3 for block in self.h}  # type: ignore[union-attr, misc]
 
     def forward(
         self,
         idx_BT: Tensor,
         targets_BT: Tensor | None = None,
         *,
-        key_B: Tensor | None = None,
+        draws: Draws | None = None,
+        cache: Cache | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Logits [B, T, V], or with targets the cross-entropy in nats (targets of -1 ignored).
 
-        `key_B` turns dropout on (training); `reduction` is "mean" or "sum" over the targets.
+        `draws` (training) has the keys of dropout; with a `cache` the positions follow those it has
+        seen. `reduction` is "mean" or "sum" over the targets.
         """
-        T = idx_BT.shape[1]
-        assert self.plan.sequence_len >= T, f"{T} positions, the model has fewer"
+        start = cache.length if cache else 0
+        stop = start + idx_BT.shape[1]
+        assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
+        key_B = draws.key_B if draws else None
         dropout = Dropout(self.plan.dropout if key_B is not None else 0.0, key_B)
-        x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[:T])
-        for block in self.h:
-            x_BTD = block(x_BTD, self.mask[:T, :T], dropout)
+        x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[start:stop])
+        fused = stop - start == 1 or (self.how == "sdpa" and start == 0)
+        mask_TS = None if fused and dropout.rate == 0 else self.mask[start:stop, :stop]
+        for i, block in enumerate(self.h):
+            x_BTD = block(x_BTD, mask_TS, dropout, cache, i)
+        if cache:
+            cache.length = stop
         logits_BTV: Tensor = self.lm_head(self.ln_f(x_BTD)).float()
         if targets_BT is None:
             return logits_BTV
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction=reduction
-        )
+        return cross_entropy(logits_BTV, targets_BT, reduction)

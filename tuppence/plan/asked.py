@@ -7,6 +7,9 @@ from typing import Any
 from tuppence.config import (
     Budget,
     DataPlan,
+    GroupPlan,
+    LoopPlan,
+    Model,
     ModelPlan,
     OptimizerPlan,
     Run,
@@ -14,7 +17,16 @@ from tuppence.config import (
     nearest,
 )
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.plan.shapes import FAMILIES, laid_out, nearest_divisor, number, shape_of
+from tuppence.plan.laws import Recipe
+from tuppence.plan.shapes import (
+    FAMILIES,
+    LORA_RANK,
+    laid_out,
+    nearest_divisor,
+    number,
+    shape_of,
+    windows,
+)
 
 OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("none", "ddp", "zero1", "fsdp")
@@ -58,6 +70,7 @@ def check_values(run: Run) -> None:
         raise UserError(f"machine.gpu_count=0 and machine.gpu={run.machine.gpu}: leave one out")
     if run.machine.mfu is not None and run.machine.mfu > 1:
         raise UserError(f"machine.mfu={run.machine.mfu:g}: a share of the peak, at most 1")
+    check_rates(run)
     for key, value, allowed in (
         ("model.family", run.model.family, FAMILIES),
         ("train.optimizer", run.train.optimizer, OPTIMIZERS),
@@ -73,8 +86,6 @@ def check_values(run: Run) -> None:
 def check_trainable(run: Run) -> None:
     """Refuse what this version cannot train, rather than train something else in silence."""
     only: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("model.family", laid_out(run.model).family, ("gpt2",)),
-        ("train.optimizer", run.train.optimizer, ("adamw",)),
         ("train.precision", run.train.precision, ("fp32", "bf16")),
         ("train.parallel", run.train.parallel, ("none",)),
         ("train.activation_checkpointing", run.train.activation_checkpointing, (False,)),
@@ -122,26 +133,55 @@ def solve_model(run: Run, data: DataPlan) -> ModelPlan:
     if dropout and run.train.attention == "sdpa":
         raise UserError("train.attention=sdpa: model.dropout needs matmul attention")
     shape = shape_of(asked, data.vocab_size)
+    loop = _loop(asked) if asked.family == "looped" else None
+    length = number(asked, "sequence_len")
+    layers = loop.n_prelude + loop.n_recurrent + loop.n_coda if loop else number(asked, "n_layer")
     return ModelPlan(
         family=asked.family or "gpt2",
-        n_layer=number(asked, "n_layer"),
+        n_layer=layers,
         n_head=number(asked, "n_head"),
+        n_kv_head=asked.n_kv_head or number(asked, "n_head"),
         n_embd=number(asked, "n_embd"),
         vocab_size=shape.vocab_size,
-        sequence_len=number(asked, "sequence_len"),
+        sequence_len=length,
         bias=bool(asked.bias),
-        tied_head=True if asked.tied_head is None else asked.tied_head,
+        tied_head=asked.family == "gpt2" and asked.tied_head is not False,
         dropout=dropout,
+        windows=windows(asked.window_pattern, layers, length) or (length,) * layers,
+        value_embeddings=bool(asked.value_embeddings),
+        residual_scalars=bool(asked.residual_scalars),
+        loop=loop,
         params=shape.params,
         params_matmul=shape.params_matmul,
         flops_per_token=round(shape.flops_per_token),
     )
 
 
-def batch_sequences(run: Run, data: DataPlan, model: ModelPlan) -> int:
-    """Sequences of the global batch. Raises UserError where it does not divide or fill."""
+def _loop(model: Model) -> LoopPlan:
+    """The looped family's numbers; `shape_of` has checked them."""
+    return LoopPlan(
+        n_prelude=number(model, "n_prelude", least=0),
+        n_recurrent=number(model, "n_recurrent"),
+        n_coda=number(model, "n_coda", least=0),
+        mean_recurrence=model.mean_recurrence or 0.0,
+        max_recurrence=number(model, "max_recurrence"),
+        backprop_depth=model.backprop_depth,
+        lora_rank=LORA_RANK if model.lora_rank is None else model.lora_rank,
+        mixture_of_depths=bool(model.mixture_of_depths),
+    )
+
+
+def optimizer_of(run: Run) -> str:
+    """The optimizer that is asked for; else Muon, and for GPT-2 what it was published with."""
+    return run.train.optimizer or ("adamw" if laid_out(run.model).family == "gpt2" else "muon")
+
+
+def batch_sequences(asked: int | None, data: DataPlan, model: ModelPlan) -> int:
+    """Sequences of the global batch, 16 unless it is said how many tokens.
+
+    Raises UserError where it does not divide or fill.
+    """
     length = model.sequence_len
-    asked = run.train.batch_tokens
     batch_tokens = 16 * length if asked is None else asked
     check_batch(batch_tokens, length)
     check_corpus(data, length=length, batch_tokens=batch_tokens)
@@ -190,8 +230,12 @@ def check_micro_batch(micro: int, sequences: int, length: int) -> int:
     return micro
 
 
-def solve_recipe(run: Run) -> tuple[SchedulePlan, OptimizerPlan]:
-    train = run.train
+def solve_schedule(run: Run) -> SchedulePlan:
+    """The learning rate's shape, cosine for AdamW, and for Muon straight down after a while.
+
+    Raises UserError for what is no fraction of a run.
+    """
+    train, muon = run.train, optimizer_of(run) == "muon"
 
     def fraction(key: str, value: float | None, default: float) -> float:
         value = default if value is None else value
@@ -199,21 +243,10 @@ def solve_recipe(run: Run) -> tuple[SchedulePlan, OptimizerPlan]:
             raise UserError(f"train.{key}={value:g}: a fraction from 0 to 1")
         return value
 
-    def below_one(key: str, value: float | None, default: float) -> float:
-        if fraction(key, value, default) == 1:
-            raise UserError(f"train.{key}=1: below 1")
-        return default if value is None else value
-
-    def positive(key: str, value: float | None, default: float) -> float:
-        value = default if value is None else value
-        if value < 0:
-            raise UserError(f"train.{key}={value:g}: not below 0")
-        return value
-
     schedule = SchedulePlan(
-        shape=train.schedule or "cosine",
+        shape=train.schedule or ("wsd" if muon else "cosine"),
         warmup=fraction("warmup", train.warmup, 0.02),
-        decay=fraction("decay", train.decay, 0.4),
+        decay=fraction("decay", train.decay, 0.65 if muon else 0.4),
         floor=fraction("lr_floor", train.lr_floor, 0.0),
     )
     if schedule.shape == "wsd" and schedule.warmup + schedule.decay > 1:
@@ -221,16 +254,52 @@ def solve_recipe(run: Run) -> tuple[SchedulePlan, OptimizerPlan]:
             f"train.warmup={schedule.warmup:g} + train.decay={schedule.decay:g} is more than the "
             f"whole run; the largest decay is {1 - schedule.warmup:g}"
         )
-    optimizer = OptimizerPlan(
-        name="adamw",
-        learning_rate=positive("learning_rate", train.learning_rate, 1e-3),
-        weight_decay=positive("weight_decay", train.weight_decay, 0.1),
-        beta1=below_one("beta1", train.beta1, 0.9),
-        beta2=below_one("beta2", train.beta2, 0.95),
-        eps=1e-8,
-        grad_clip=positive("grad_clip", train.grad_clip, 1.0),
-    )
-    return schedule, optimizer
+    return schedule
+
+
+def check_rates(run: Run) -> None:
+    """Refuse rates below zero, and averaging that never forgets."""
+    train = run.train
+    for key in ("learning_rate", "embedding_rate", "head_rate", "scalar_rate", "weight_decay"):
+        value = getattr(train, key)
+        if value is not None and value < 0:
+            raise UserError(f"train.{key}={value:g}: not below 0")
+    if train.grad_clip is not None and train.grad_clip < 0:
+        raise UserError(f"train.grad_clip={train.grad_clip:g}: not below 0")
+    for key in ("beta1", "beta2", "momentum"):
+        value = getattr(train, key)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"train.{key}={value:g}: a fraction from 0 to below 1")
+
+
+def solve_optimizer(run: Run, model: ModelPlan, recipe: Recipe) -> OptimizerPlan:
+    """A group for each kind of parameter, at the laws' rates or those that were asked.
+
+    Embeddings and head decay too in GPT-2 under AdamW, as published; norms, biases and scalars
+    never.
+    """
+    train, name = run.train, optimizer_of(run)
+    muon = name == "muon"
+    beta1 = train.beta1 if train.beta1 is not None else (0.8 if muon else 0.9)
+    beta2 = train.beta2 if train.beta2 is not None else 0.95
+    momentum = 0.95 if train.momentum is None else train.momentum
+    tied_rate = recipe.head_rate if model.tied_head else recipe.embedding_rate
+    decay = recipe.weight_decay if model.family == "gpt2" and not muon else 0.0
+
+    def adamw(rate: float, decay: float) -> GroupPlan:
+        return GroupPlan("adamw", rate, decay, beta1, beta2)
+
+    groups = {
+        "matrix": GroupPlan("muon", recipe.learning_rate, recipe.weight_decay, momentum, 0.0)
+        if muon
+        else adamw(recipe.learning_rate, recipe.weight_decay),
+        "embedding": adamw(tied_rate, decay),
+        "head": adamw(recipe.head_rate, decay),
+        "norm": adamw(recipe.scalar_rate, 0.0),
+        "scalar": adamw(recipe.scalar_rate, 0.0),
+    }
+    clip = 1.0 if train.grad_clip is None else train.grad_clip
+    return OptimizerPlan(name=name, groups=groups, eps=1e-8, grad_clip=clip)
 
 
 def limit_seconds(budget: Budget, usd_per_hour: float) -> float:

@@ -11,9 +11,13 @@ head is counted once, looked-up embeddings not at all. Recomputation is work but
 counts in `hardware_flops_per_token`, never in MFU. Tests hold every count to the built models.
 """
 
+import math
 from dataclasses import dataclass
 
 GIB = 2**30
+MUON = ("qkv", "attn_proj", "mlp_up", "mlp_down", "inject")
+GATE_CHANNELS = 12  # of a layer's input, that gate its value embedding
+LEAST_CAPACITY = 0.3  # of the tokens, that a looped model's late iterations take
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Shape:
 
     `layers_run` blocks are executed a token forward, `layers_kept` of them keep activations for
     the backward pass; `params_lookup` are embeddings (not a tied head's), `params_small` norms,
-    biases and scalars. Widths in channels, lengths in tokens.
+    biases and scalars. `most` is a looped model at the most iterations that training may draw.
+    Widths in channels, lengths in tokens.
     """
 
     family: str
@@ -66,6 +71,7 @@ class Shape:
     params_small: int
     layers_run: float
     layers_kept: float
+    most: "Shape | None" = None
 
     @property
     def params_matmul(self) -> int:
@@ -76,6 +82,11 @@ class Shape:
     def params_body(self) -> int:
         """Weights that multiply, without the head: what is sharded and recomputed per block."""
         return sum(m.weights for m in self.matmuls if m.name != "lm_head")
+
+    @property
+    def params_muon(self) -> int:
+        """Weights that Muon moves: the blocks' matrices, and a looped model's joint."""
+        return sum(m.weights for m in self.matmuls if m.name in MUON)
 
     @property
     def params(self) -> int:
@@ -216,8 +227,13 @@ def depth(
     sequence_len: int,
     n_kv_head: int | None = None,
     windows: tuple[int, ...] | None = None,
+    value_embeddings: bool = False,
+    residual_scalars: bool = False,
 ) -> Shape:
-    """The modern decoder: rotary positions, norms without parameters, untied head."""
+    """The modern decoder: rotary positions, norms without parameters, untied head.
+
+    Optional: value embeddings in every second layer, two scalars a layer (model/depth.py).
+    """
     return decoder(
         family="depth",
         n_layer=n_layer,
@@ -227,6 +243,9 @@ def depth(
         vocab_size=vocab_size,
         sequence_len=sequence_len,
         windows=windows,
+        value_embeddings=(n_layer + 1) // 2 if value_embeddings else 0,
+        gate_channels=GATE_CHANNELS,
+        params_small=2 * n_layer if residual_scalars else 0,
     )
 
 
@@ -236,6 +255,7 @@ def looped(
     n_recurrent: int,
     n_coda: int,
     recurrence: float,
+    mean_recurrence: float,
     max_recurrence: int,
     backprop_depth: float | None,
     lora_rank: int,
@@ -252,23 +272,27 @@ def looped(
     depth's low-rank adapter; each of `max_recurrence` depths has its own.
     """
     d = n_embd
+    mean = mean_recurrence if mixture_of_depths else None
     kept = recurrence if backprop_depth is None else min(recurrence, backprop_depth)
     ends = n_prelude + n_coda
-    stored, run, back = (
-        ends + n_recurrent,
-        ends + n_recurrent * recurrence,
-        ends + n_recurrent * kept,
-    )
+    taken = _parts_taken(0, recurrence, mean)
+    learned = _parts_taken(recurrence - kept, recurrence, mean)
+    loops, back = sum(n * part for n, part in taken), sum(n * part for n, part in learned)
+    stored, layers, layers_back = (ends + n_recurrent * times for times in (1, loops, back))
     matmuls = [
-        *_block(d, n_head, n_head, d // n_head, 4 * d, False, stored, run, back),
-        Matmul("inject", 2 * d, d, 1, recurrence, kept),
+        *_block(d, n_head, n_head, d // n_head, 4 * d, False, int(stored), layers, layers_back),
+        Matmul("inject", 2 * d, d, 1, loops, back),
         Matmul("lm_head", d, vocab_size, 1, 1, 1),
     ]
     if lora_rank:
-        matmuls.insert(-1, Matmul("lora_a", d, lora_rank, max_recurrence, recurrence, kept))
-        matmuls.insert(-1, Matmul("lora_b", lora_rank, d, max_recurrence, recurrence, kept))
+        matmuls.insert(-1, Matmul("lora_a", d, lora_rank, max_recurrence, loops, back))
+        matmuls.insert(-1, Matmul("lora_b", lora_rank, d, max_recurrence, loops, back))
     if mixture_of_depths:
-        matmuls.insert(-1, Matmul("router", d, 1, 1, recurrence, kept))
+        routed = max(0.0, recurrence - 1)  # the first iteration takes every token
+        matmuls.insert(-1, Matmul("router", d, 1, 1, routed, min(routed, kept)))
+    # tokens that an iteration takes look at one another only: a part of them, at a part of them
+    wide = ends + n_recurrent * sum(n * part * part for n, part in taken)
+    wide_back = ends + n_recurrent * sum(n * part * part for n, part in learned)
     return Shape(
         family="looped",
         n_embd=d,
@@ -278,12 +302,25 @@ def looped(
         vocab_size=vocab_size,
         sequence_len=sequence_len,
         matmuls=tuple(matmuls),
-        attentions=(Attention(n_head, n_head, d // n_head, sequence_len, run, back),),
+        attentions=(Attention(n_head, n_head, d // n_head, sequence_len, wide, wide_back),),
         params_lookup=vocab_size * d,
-        params_small=d,
-        layers_run=run,
-        layers_kept=back,
+        params_small=d + (max_recurrence if mixture_of_depths else 0),
+        layers_run=layers,
+        layers_kept=layers_back,
     )
+
+
+def _parts_taken(first: float, last: float, mean: float | None) -> list[tuple[float, float]]:
+    """(how much of it, the part of the tokens it takes) for each iteration from `first` to `last`.
+
+    All of them; with mixture of depths all at first, LEAST_CAPACITY from iteration `mean` on.
+    """
+    found = []
+    for i in range(math.floor(first), math.ceil(last)):
+        run = min(i + 1, last) - max(i, first)
+        done = 0.0 if mean is None else i / max(1.0, mean - 1)
+        found.append((run, max(LEAST_CAPACITY, 1 - (1 - LEAST_CAPACITY) * done)))
+    return found
 
 
 def _block(

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from tuppence.config import Interval, Plan
+from tuppence.config import InitPlan, Interval, Plan
 from tuppence.live import duration
 from tuppence.plan.bill import KEPT_CHECKPOINTS
 from tuppence.plan.stages import shard_bytes
@@ -22,6 +22,10 @@ def limits(plan: Plan) -> str:
     return ", ".join(units[k].format(v) for k, v in asked.items() if v is not None)
 
 
+def _starts(init: InitPlan) -> str:
+    return f"from the weights in {init.path} (sha256 {init.sha256[:12]})"
+
+
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it before paying; intervals are 80%."""
     model, machine, step, told = plan.model, plan.machine, plan.step, plan.predicted
@@ -35,6 +39,7 @@ def plan_text(plan: Plan) -> str:
             f"T={model.sequence_len}, vocabulary {model.vocab_size:,}: {model.params:,} "
             f"parameters, {model.flops_per_token / 1e6:,.1f} MFLOP/token",
         ),
+        *([("starts", _starts(plan.init))] if plan.init else []),
         (
             "data",
             f"{plan.data.source}, {plan.data.tokenizer} tokens: {plan.data.train_tokens:,} train, "

@@ -16,17 +16,17 @@ from tuppence.config import (
     StepPlan,
 )
 from tuppence.plan import cost, loss
-from tuppence.plan.asked import limit_seconds
+from tuppence.plan.asked import limit_seconds, optimizer_of
 from tuppence.plan.hardware import Calibration, Timing, shape_key
 from tuppence.plan.memory import cpu_activation_bytes, state_bytes
-from tuppence.plan.shapes import divisors
+from tuppence.plan.shapes import divisors, expected_flops, planned_shape
 
 CPU_MICRO_TOKENS = 4096  # larger micro-batches leave the caches and gain nothing
 MEMORY_SHARE = 0.8  # of the machine's memory that a chosen micro-batch may fill
 ROOFLINE_SHARE = 0.4  # of the matmul ceiling, where a step was not measured
 MEASURED_SPREAD = (0.85, 1.0, 1.3)  # 80% interval of a step's time around a measurement of it
 ROOFLINE_SPREAD = (0.5, 1.0, 2.5)
-DISPATCH_SECONDS = 0.003  # of one forward pass over one short sequence, whatever its width
+DISPATCH_SECONDS = 0.001  # of one layer over one token, whatever its width
 HASH_BYTES_PER_SECOND = 1.2e9
 PREPARED_SECONDS = 0.1
 LIBRARIES_GIB = 0.10  # what kernels and allocators add to the bare process in the first steps
@@ -46,19 +46,37 @@ class UnitSeconds:
 
 
 def unit_seconds(
-    model: ModelPlan, step: StepPlan, timing: Timing, calibration: Calibration
+    model: ModelPlan,
+    step: StepPlan,
+    optimizer: str,
+    timing: Timing,
+    calibration: Calibration,
 ) -> UnitSeconds:
     """From a step's timing to the parts of a run."""
     sequences = timing.micro_batch * timing.workers
-    written = cost.checkpoint_bytes(model.params)
+    written = saved_bytes(model, optimizer)
+    usual = expected_flops(model) / model.flops_per_token  # it was timed at a looped model's median
     write = written / (calibration.disk_write_mbs * 1e6) + 2 * written / HASH_BYTES_PER_SECOND
     return UnitSeconds(
         startup=calibration.startup_seconds,
-        step=rounds(step) * timing.round_seconds + timing.update_seconds,
+        step=rounds(step) * timing.round_seconds * usual + timing.update_seconds,
         eval_token=timing.forward_seconds / sequences / model.sequence_len,
-        sample_token=DISPATCH_SECONDS + timing.forward_seconds / timing.micro_batch,
+        sample_token=_sample_seconds(model, calibration),
         save=0.05 + write,
     )
+
+
+def _sample_seconds(model: ModelPlan, calibration: Calibration) -> float:
+    """Of one more token with cached keys: every layer is called, every weight read, once."""
+    shape = planned_shape(model)
+    read = sum(4 * m.k * m.n * m.runs for m in shape.matmuls) / (calibration.memory_gbs * 1e9)
+    return DISPATCH_SECONDS * (2 + shape.layers_run) + read
+
+
+def saved_bytes(model: ModelPlan, optimizer: str) -> int:
+    """A checkpoint's weights and moments."""
+    moved = planned_shape(model).params_muon if optimizer == "muon" else 0
+    return cost.checkpoint_bytes(model.params, muon_params=moved)
 
 
 def rounds(step: StepPlan) -> int:
@@ -87,7 +105,8 @@ def largest_micro_batch(
     for micro in divisors(sequences):
         workers = workers_of(run, micro, sequences, calibration)
         timing = choose_timing(run, model, micro, workers, calibration)
-        fits = peak_memory_gib(model, timing, calibration) <= MEMORY_SHARE * calibration.memory_gib
+        peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration)
+        fits = peak_gib <= MEMORY_SHARE * calibration.memory_gib
         if calibration.device == "cpu":
             cores = 1 if run.train.compile else min(calibration.threads, sequences)
             fits = fits and micro * model.sequence_len <= CPU_MICRO_TOKENS and workers >= cores
@@ -96,22 +115,23 @@ def largest_micro_batch(
     return best
 
 
-def peak_memory_gib(model: ModelPlan, timing: Timing, calibration: Calibration) -> float:
+def peak_memory_gib(
+    model: ModelPlan, optimizer: str, timing: Timing, calibration: Calibration
+) -> float:
     """Predicted peak: the process, weights and optimizer, and for each worker its gradients, its
-    cast weights and one micro-batch's activations."""
+    cast weights and one micro-batch's activations: of a looped model at its most iterations, which
+    a run of some hundred steps will draw."""
+    shape = planned_shape(model, recurrence=model.loop.max_recurrence if model.loop else None)
     activations = cpu_activation_bytes(
+        shape,
         tokens=timing.micro_batch * model.sequence_len,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_embd=model.n_embd,
-        vocab_size=model.vocab_size,
-        sequence_len=model.sequence_len,
         precision=timing.precision,
         attention=timing.attention,
     )
     cast = 2 * model.params_matmul if timing.precision == "bf16" else 0
+    moved = shape.params_muon if optimizer == "muon" else 0
     more_gradients = 4 * model.params * (timing.workers - 1)
-    state = state_bytes(model.params) + more_gradients
+    state = state_bytes(model.params, muon_params=moved) + more_gradients
     each = timing.workers * (cast + FRAGMENTED * activations)
     return calibration.startup_rss_gib + LIBRARIES_GIB + (state + each) / cost.GIB
 
@@ -191,6 +211,7 @@ def predict(
     machine: MachinePlan,
     step: StepPlan,
     cadence: CadencePlan,
+    optimizer: str,
     units: UnitSeconds,
     expectation: loss.Expectation,
     *,
@@ -222,7 +243,7 @@ def predict(
         eval_seconds=_eval_seconds(cadence, units),
         save_seconds=units.save,
         peak_memory_gib=Interval(0.85 * peak_gib, peak_gib, 1.25 * peak_gib),
-        checkpoint_bytes=cost.checkpoint_bytes(model.params),
+        checkpoint_bytes=saved_bytes(model, optimizer),
         epochs=tokens.mid / data.train_tokens,
         val_loss=val_loss,
         val_loss_source=source,

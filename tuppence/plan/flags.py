@@ -11,12 +11,12 @@ from tuppence.config import DataPlan, Run, Warning
 from tuppence.plan.gpus import ceiling_tflops
 from tuppence.plan.loss import FEW_EPOCHS, MANY_EPOCHS, effective_tokens
 from tuppence.plan.options import Option
+from tuppence.plan.shapes import R_SIGMA, export_warnings
 from tuppence.plan.work import fixed_tokens
 
 POSSIBLE = 0.85  # of the measured matmul ceiling: no published run is above it in bf16
 FEWEST_STEPS = 50
 BESIDE = 0.05  # of a dollar budget, that is said when it is spent beside it
-R_SIGMA = 0.5  # of the looped family's log-normal number of iterations
 
 
 def flags(run: Run, data: DataPlan, option: Option, *, year: int) -> list[Warning]:
@@ -31,7 +31,7 @@ def flags(run: Run, data: DataPlan, option: Option, *, year: int) -> list[Warnin
         *_told(option),
         *_loops(run),
     ]
-    return [Warning(code, message) for code, message in found]
+    return [Warning(code, message) for code, message in found] + export_warnings(run.model)
 
 
 Found = list[tuple[str, str]]

@@ -136,6 +136,7 @@ def _looped_shape() -> Shape:
         n_recurrent=3,
         n_coda=1,
         recurrence=4,
+        mean_recurrence=4,
         max_recurrence=16,
         backprop_depth=None,
         lora_rank=32,

@@ -4,6 +4,7 @@
 and writes the numbers, so that planning stays arithmetic.
 """
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -68,9 +69,15 @@ def shape_key(model: config.ModelPlan, micro_batch: int, workers: int) -> str:
     head = "tied" if model.tied_head else "untied"
     bias = "bias" if model.bias else "nobias"
     drop = f"-p{model.dropout:g}" if model.dropout else ""
+    parts = f"-kv{model.n_kv_head}" if model.n_kv_head != model.n_head else ""
+    parts += "".join(f"-w{w}" for w in model.windows if w != model.sequence_len)
+    parts += "-values" if model.value_embeddings else ""
+    parts += "-scalars" if model.residual_scalars else ""
+    if model.loop is not None:
+        parts += "-" + "-".join(str(value) for value in dataclasses.astuple(model.loop))
     return (
         f"{model.family}-{model.n_layer}x{model.n_embd}x{model.n_head}-T{model.sequence_len}"
-        f"-V{model.vocab_size}-{head}-{bias}{drop}-b{micro_batch}x{workers}"
+        f"-V{model.vocab_size}-{head}-{bias}{drop}{parts}-b{micro_batch}x{workers}"
     )
 
 

@@ -30,6 +30,7 @@ PER_PARAMS, PER_TOKENS = 1e8, 1e9  # a Law's A is the size term at so many, its 
 REPEAT_DECAY = 15.39  # R: Muennighoff et al. 2023, section 6
 FEW_EPOCHS = 4.0  # worth nearly as much as new text
 MANY_EPOCHS = 16.0  # their points support the penalty this far
+STARTED = "the run starts from trained weights, and no law tells what those know"
 
 # How the interval widens, as shares of the loss; each is held to left-out points by bench/fit_loss.
 PER_EFOLD = 0.008  # for every factor of e outside the points' range of N or of D

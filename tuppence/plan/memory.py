@@ -25,6 +25,7 @@ SPREAD_KNOWN = 0.08  # half an 80% interval, relative: covers 12 of nanochat's 1
 SPREAD_OTHER = 0.15  # software of which nothing or next to nothing could be checked
 QK_NORM = ("depth", "looped", "nanochat")  # families that norm queries and keys, and cap logits
 SOFTCAP_BYTES = 4  # of a logit: eager code keeps the hyperbolic tangent too
+HEAD_CHUNK = {"cpu": 2**21, "cuda": 2**27}  # logits that model/layers.py's loss has at once
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Software:
     still hold when the next forward pass begins; `buckets` bytes per parameter of DDP's buckets;
     `static` says that gradients are allocated at the start, not as they come; `scratch` are vectors
     a token beside the blocks'; `known`: the count was held to autograd's or to published peaks.
+    `own`: depth and looped are those of model/, in which all is in the compute precision.
     """
 
     weight: float = 4
@@ -56,6 +58,7 @@ class Software:
     static: bool = False
     scratch: int = 0
     known: bool = False
+    own: bool = False
 
 
 # An eager cross-entropy keeps fp32 logits, their log-softmax and its gradient (12 bytes); a
@@ -65,7 +68,7 @@ _FSDP = Software(logit=14, logit_fp8=14)  # bf16 logits stay alive beside the ea
 _MEGATRON = Software(weight=2, lookup=2, master=4, cast=0, logit=8, logit_fp8=8, static=True)
 SOFTWARE = {
     # nn.LayerNorm under autocast answers in fp32: so is the stream; SDPA's output is copied back.
-    "tuppence": Software(stream=4, attention_outs=2, compiled=False, known=True),
+    "tuppence": Software(stream=4, attention_outs=2, compiled=False, known=True, own=True),
     # embeddings bf16; matrices (Muon) and head fp32; optimizer state sharded over ranks. Held:
     # the stacked matrices (gradients in, weights out), the other gradients, a rank's slices.
     "nanochat": Software(lookup=2, logit=2, logit_fp8=10, held=1.2, known=True),
@@ -156,7 +159,7 @@ def peak_memory_gib(job: Job) -> Interval:
 
     It is torch's max_memory_allocated; the card shows some 1 to 3 GiB more (`Memory.overhead`).
     """
-    mid = memory(job).allocated / GIB
+    mid = memory(_drawn(job)).allocated / GIB
     spread = _spread(job)
     return Interval((1 - spread) * mid, mid, (1 + spread) * mid)
 
@@ -171,8 +174,14 @@ def fits(job: Job) -> bool:
 
 def needed_gib(job: Job) -> float:
     """What a card must have for the job: the high end of its tensors, and the overhead."""
-    need = memory(job)
+    need = memory(_drawn(job))
     return (need.allocated * (1 + _spread(job)) + need.overhead) / GIB
+
+
+def _drawn(job: Job) -> Job:
+    """The job in the step that needs most: a looped model at its most iterations, which a run of
+    some hundred steps will draw."""
+    return job if job.shape.most is None else dataclasses.replace(job, shape=job.shape.most)
 
 
 def largest_micro_batch(job: Job, sequences: int) -> int:
@@ -208,7 +217,8 @@ def _casts(job: Job, software: Software) -> float:
 def _optimizer(job: Job, software: Software) -> float:
     """fp32 masters and moments: two by AdamW, one by Muon on the body's matrices."""
     shape = job.shape
-    body = shape.params_body * (4 if job.optimizer == "muon" else 8)
+    moved = shape.params_muon if software.own else shape.params_body
+    body = shape.params_body * 8 - (4 * moved if job.optimizer == "muon" else 0)
     rest = (shape.params - shape.params_body - shape.params_lookup) * 8
     lookup = shape.params_lookup * (2 * software.lookup if not software.master else 8)
     return body + rest + lookup + software.master * shape.params
@@ -216,6 +226,9 @@ def _optimizer(job: Job, software: Software) -> float:
 
 def _logit_bytes(job: Job, software: Software) -> float:
     tokens = job.micro_batch * job.shape.sequence_len
+    if software.own and job.shape.family in QK_NORM:
+        wide = 4 if job.precision == "fp32" else 2
+        return _own_head_bytes(job.shape, tokens, wide, HEAD_CHUNK["cuda"]) / job.tensor
     each = software.logit_fp8 if job.precision == "fp8" else software.logit
     if job.precision == "fp32":
         each = max(4, software.logit)
@@ -253,20 +266,24 @@ def activation_bytes(job: Job) -> float:
     """
     shape, software = job.shape, SOFTWARE.get(job.framework, UNKNOWN)
     wide = 4 if job.precision == "fp32" else 2
-    stream = max(wide, software.stream)
-    block = _block_bytes(job, software)
+    own = software.own and shape.family in QK_NORM
+    stream = wide if own else max(wide, software.stream)
+    block = _own_block_bytes(shape, wide) if own else _block_bytes(job, software)
     kept = shape.layers_kept * block
     if job.checkpointing:
         kept = shape.layers_kept * shape.n_embd * stream + block
     elif job.recompute == "selective":
         kept = shape.layers_kept * _selective_bytes(shape, wide, stream) + block
+    tokens = job.micro_batch * shape.sequence_len
     looked_up = max(shape.n_embd, shape.params_lookup / shape.vocab_size)
     ends = looked_up * wide + shape.n_embd * (stream + wide)
-    tokens = job.micro_batch * shape.sequence_len
     ends += software.scratch * shape.n_embd * wide
     if job.recompute in ("activation", "norm"):
         ends += shape.ffn * wide  # one hidden layer for all blocks
-    return tokens * (kept + ends + _inject_bytes(shape, wide, stream)) / job.tensor
+    ends += _inject_bytes(shape, wide, stream)
+    if own:
+        ends = _own_end_bytes(shape, wide)
+    return tokens * (kept + ends) / job.tensor
 
 
 def _block_bytes(job: Job, software: Software) -> float:
@@ -298,6 +315,41 @@ def _block_bytes(job: Job, software: Software) -> float:
     return norms + attention + hidden + streams
 
 
+def _own_block_bytes(shape: Shape, wide: float, *, fused: bool = True) -> float:
+    """Of one block of model/depth.py or looped.py and token: outputs of norms, which matmuls read
+    too; normed queries and keys; values with the packed projection that they are a view of, or
+    repeated where heads share them; attention's output (fused kernels: twice); ReLU^2's both sides.
+    """
+    a = shape.attentions[0]
+    queries, keys = a.n_head * a.head_dim, a.n_kv_head * a.head_dim
+    gated = sum(m.stored for m in shape.matmuls if m.name == "value_gate") / _layers_stored(shape)
+    values = 2 * queries if keys < queries else (3 - 2 * gated) * queries  # gated ones are new
+    norms = 2 * shape.n_embd * (2 if shape.family == "looped" else 1)
+    scaled = shape.n_embd if shape.family == "depth" and shape.params_small else 0
+    attention = queries + keys + values + queries * (2 if fused else 1)
+    roots = a.n_head * (wide + 4) + a.n_kv_head * wide  # of norms and of the softmax
+    return (norms + scaled + attention + 2 * shape.ffn) * wide + roots
+
+
+def _own_end_bytes(shape: Shape, wide: float) -> float:
+    """Of one token beside the blocks: what is looked up and its norm in fp32; the head's input and
+    its gradient; for each kept iteration of a loop its matmuls' inputs, the normed state, and with
+    a router what the iteration changed."""
+    joint = {m.name: m for m in shape.matmuls if m.name in ("inject", "lora_a", "lora_b", "router")}
+    channels = shape.params_lookup / shape.vocab_size + 2 * shape.n_embd
+    channels += sum(m.backward_runs * m.k for m in joint.values())
+    if "inject" in joint:
+        channels += joint["inject"].backward_runs * shape.n_embd * (2 if "router" in joint else 1)
+    return channels * wide + (4 * shape.n_embd if wide < 4 else 0)
+
+
+def _own_head_bytes(shape: Shape, tokens: int, wide: float, chunk: int) -> float:
+    """Of model/layers.py's loss: of a chunk of logits the capped ones and their tangents in fp32,
+    and what is multiplied; and the head's whole gradient."""
+    logits = min(tokens * shape.vocab_size, chunk)
+    return logits * (8 + (wide if wide < 4 else 0)) + 4 * shape.vocab_size * shape.n_embd
+
+
 def _selective_bytes(shape: Shape, wide: float, stream: float) -> float:
     """torchtitan's per-operation checkpointing: every other matmul and attention's output."""
     a = shape.attentions[0]
@@ -326,34 +378,29 @@ def _value_embeddings(shape: Shape) -> bool:
 # ---------------------------------------------------------------- CPUs
 
 
-def state_bytes(params: int) -> int:
-    """fp32 weights, gradients and AdamW's two moments."""
-    return 16 * params
+def state_bytes(params: int, *, muon_params: int = 0) -> int:
+    """fp32 weights, gradients and AdamW's two moments, one for weights that Muon moves."""
+    return 16 * params - 4 * muon_params
 
 
-def cpu_activation_bytes(
-    *,
-    tokens: int,
-    n_layer: int,
-    n_head: int,
-    n_embd: int,
-    vocab_size: int,
-    sequence_len: int,
-    precision: str,
-    attention: str,
-) -> int:
+def cpu_activation_bytes(shape: Shape, *, tokens: int, precision: str, attention: str) -> float:
     """What one micro-batch of `tokens` keeps for its backward pass on a CPU, in bytes.
 
-    Per token and layer, in units of n_embd elements: the residual stream in fp32 before each norm
-    (2), and in the compute precision the norms' outputs (2), qkv (3) and its head-major copy (3),
-    the attention's output (1), the MLP's hidden layer before and after GELU (8). Attention by
+    GPT-2, per token and layer, in units of n_embd elements: the residual stream in fp32 before each
+    norm (2), and in the compute precision the norms' outputs (2), qkv (3) and its head-major copy
+    (3), the attention's output (1), the MLP's hidden layer before and after GELU (8). Attention by
     matmul keeps its probabilities (n_head x T) and, for a moment, their scores. Logits are kept in
     the compute precision and in fp32, with their gradient.
     """
-    width = 2 if precision == "bf16" else 4
-    layer = n_embd * (2 * 4 + 17 * width)
+    wide = 2 if precision == "bf16" else 4
+    if shape.family in QK_NORM:
+        block = _own_block_bytes(shape, wide, fused=attention == "sdpa")
+        kept = shape.layers_kept * block + _own_end_bytes(shape, wide)
+        head = _own_head_bytes(shape, tokens, wide, HEAD_CHUNK["cpu"])
+    else:
+        kept = shape.layers_kept * shape.n_embd * (2 * 4 + 17 * wide)
+        head = tokens * shape.vocab_size * (wide + 8)
     if attention == "matmul":
-        layer += n_head * sequence_len * width
-    transient = 3 * n_head * sequence_len * width if attention == "matmul" else 0
-    logits = vocab_size * (width + 8)
-    return tokens * (n_layer * layer + transient + logits)
+        layers = sum(a.backward_runs for a in shape.attentions)
+        kept += (layers + 3) * shape.attentions[0].n_head * shape.sequence_len * wide
+    return tokens * kept + head

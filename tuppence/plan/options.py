@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from tuppence.config import Budget, DataPlan, Interval, Run
 from tuppence.errors import UserError
 from tuppence.plan import shapes
-from tuppence.plan.asked import check_budget, check_values, solve_recipe
+from tuppence.plan.asked import check_budget, check_values, optimizer_of, solve_schedule
 from tuppence.plan.bill import Outcome, disk_gb, outcome
 from tuppence.plan.cost import Shape
 from tuppence.plan.gpus import ceiling_tflops, find_gpu
@@ -22,6 +22,7 @@ from tuppence.plan.job import Gpu, Job
 from tuppence.plan.layout import Layout, lay_out
 from tuppence.plan.loss import (
     MANY_EPOCHS,
+    STARTED,
     Group,
     Prediction,
     effective_tokens,
@@ -39,7 +40,6 @@ from tuppence.plan.work import (
     depth_for,
     fixed_tokens,
     off_optimal,
-    optimizer_of,
     work_of,
 )
 
@@ -114,7 +114,7 @@ def option_of(run: Run, data: DataPlan, book: Book, seller: Seller) -> Option:
 def _request(run: Run, data: DataPlan, book: Book) -> Request:
     check_values(run)
     check_budget(run.budget)
-    solve_recipe(run)
+    solve_schedule(run)
     check_sized(run)
     group = find_group(
         source=data.source,
@@ -328,7 +328,7 @@ def _loss(request: Request, shape: Shape, tokens: Interval) -> Prediction | None
     """By the group's law; the interval also covers that the tokens are an interval. None where no
     law is known, or the run is so short that it would say more than a guess at random loses."""
     group = request.group
-    if group is None or tokens.low <= 0:
+    if group is None or tokens.low <= 0 or request.run.train.init_from is not None:
         return None
     unique = float(request.data.train_tokens)
     params = float(group.params_of(shape))
@@ -345,6 +345,8 @@ def _loss(request: Request, shape: Shape, tokens: Interval) -> Prediction | None
 
 
 def _unknown(request: Request, shape: Shape, tokens: float) -> str:
+    if request.run.train.init_from is not None:
+        return STARTED
     if request.group is not None:
         return "too short a run: no published one tells of it"
     return unknown(

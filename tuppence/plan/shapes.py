@@ -8,8 +8,9 @@ The dial's aspect ratio of 64 is nanochat's; at L = 12 it is GPT-2 small's.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
-from tuppence.config import Model
+from tuppence.config import LoopPlan, Model, ModelPlan, Warning
 from tuppence.errors import UserError
 from tuppence.plan import cost
 from tuppence.plan.cost import Shape
@@ -28,11 +29,15 @@ LOOPED_ONLY = (
     "mixture_of_depths",
 )
 GPT2_ONLY = ("bias", "tied_head", "dropout")
+DEPTH_ONLY = ("window_pattern", "value_embeddings", "residual_scalars", "exportable")
 FOREIGN = {  # what a family has no part for
-    "gpt2": ("window_pattern", *LOOPED_ONLY),
+    "gpt2": (*DEPTH_ONLY, *LOOPED_ONLY),
     "depth": (*GPT2_ONLY, *LOOPED_ONLY),
-    "looped": ("n_layer", "n_kv_head", "window_pattern", *GPT2_ONLY),
+    "looped": ("n_layer", "n_kv_head", *DEPTH_ONLY, *GPT2_ONLY),
 }
+UNEXPORTABLE = ("value_embeddings", "residual_scalars")  # no architecture of transformers has them
+LORA_RANK = 32
+R_SIGMA = 0.5  # of a looped model's log-normal number of iterations
 SHORT_WINDOW = 4  # a letter S of model.window_pattern looks at this part of the sequence
 
 
@@ -71,6 +76,8 @@ def laid_out(model: Model) -> Model:
     heads = model.n_head
     if heads is None and width is not None:
         heads = max(1, width // (64 if family == "gpt2" or width % 128 else 128))
+    if family == "depth":
+        model = _parts(model)
     return dataclasses.replace(
         model,
         family=family,
@@ -79,6 +86,40 @@ def laid_out(model: Model) -> Model:
         n_head=heads,
         sequence_len=SEQUENCE_LEN[family] if model.sequence_len is None else model.sequence_len,
     )
+
+
+def _parts(model: Model) -> Model:
+    """The modern decoder's optional parts, all said: what is exportable has none."""
+    given = {key: getattr(model, key) for key in UNEXPORTABLE}
+    odd = [key for key, value in given.items() if value]
+    if "S" in (model.window_pattern or ""):
+        odd.append("window_pattern")
+    if model.exportable and odd:
+        raise UserError(
+            f"model.exportable=on and model.{odd[0]}: no architecture of "
+            f"transformers has that part; leave one of the two out"
+        )
+    on = not model.exportable
+    said: dict[str, Any] = {k: on if value is None else value for k, value in given.items()}
+    return dataclasses.replace(model, **said)
+
+
+def unexportable(model: Model) -> list[str]:
+    """The parts of a laid out model that no architecture of transformers has."""
+    parts = [key for key in UNEXPORTABLE if getattr(model, key)]
+    return parts + (["window_pattern"] if "S" in (model.window_pattern or "") else [])
+
+
+def export_warnings(model: Model) -> list[Warning]:
+    """Said of a model that could not be exported without code of ours."""
+    parts = unexportable(laid_out(model))
+    if not parts:
+        return []
+    message = (
+        f"no architecture of transformers has {' or '.join(parts)}: tuppence export will refuse "
+        f"this model (model.exportable=on trains one without)"
+    )
+    return [Warning("not_exportable", message)]
 
 
 def shape_of(model: Model, vocab_size: int) -> Shape:
@@ -165,6 +206,8 @@ def _depth(model: Model, vocab_size: int) -> Shape:
         windows=windows(
             model.window_pattern, number(model, "n_layer"), number(model, "sequence_len")
         ),
+        value_embeddings=bool(model.value_embeddings),
+        residual_scalars=bool(model.residual_scalars),
     )
 
 
@@ -190,17 +233,81 @@ def _looped(model: Model, vocab_size: int) -> Shape:
             f"model.mean_recurrence={mean:g} is above model.max_recurrence={most}; raise that or "
             f"lower this"
         )
-    return cost.looped(
-        n_prelude=number(model, "n_prelude", least=0),
-        n_recurrent=number(model, "n_recurrent"),
-        n_coda=number(model, "n_coda", least=0),
-        recurrence=mean,
-        max_recurrence=most,
-        backprop_depth=model.backprop_depth,
-        lora_rank=32 if model.lora_rank is None else model.lora_rank,
-        n_head=number(model, "n_head"),
-        n_embd=number(model, "n_embd"),
-        vocab_size=vocab_size,
-        sequence_len=number(model, "sequence_len"),
-        mixture_of_depths=bool(model.mixture_of_depths),
+    sizes: dict[str, Any] = {
+        "n_prelude": number(model, "n_prelude", least=0),
+        "n_recurrent": number(model, "n_recurrent"),
+        "n_coda": number(model, "n_coda", least=0),
+        "mean_recurrence": mean,
+        "max_recurrence": most,
+        "backprop_depth": model.backprop_depth,
+        "lora_rank": LORA_RANK if model.lora_rank is None else model.lora_rank,
+        "n_head": number(model, "n_head"),
+        "n_embd": number(model, "n_embd"),
+        "vocab_size": vocab_size,
+        "sequence_len": number(model, "sequence_len"),
+        "mixture_of_depths": bool(model.mixture_of_depths),
+    }
+    # training draws r; what fits has to fit the most of it
+    return dataclasses.replace(
+        cost.looped(recurrence=mean, **sizes), most=cost.looped(recurrence=most, **sizes)
     )
+
+
+# ---------------------------------------------------------------- of a plan
+
+
+def planned_shape(model: ModelPlan, *, recurrence: float | None = None) -> Shape:
+    """The counted shape of a plan's model; a looped one at `recurrence` iterations, or its mean."""
+    sizes = {
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "n_embd": model.n_embd,
+        "vocab_size": model.vocab_size,
+        "sequence_len": model.sequence_len,
+    }
+    if model.family == "gpt2":
+        return cost.gpt2(**sizes, bias=model.bias, tied_head=model.tied_head)
+    if model.family == "depth":
+        return cost.depth(
+            **sizes,
+            n_kv_head=model.n_kv_head,
+            windows=model.windows,
+            value_embeddings=model.value_embeddings,
+            residual_scalars=model.residual_scalars,
+        )
+    loop = model.loop
+    assert loop is not None
+    del sizes["n_layer"]
+    return cost.looped(
+        **sizes,
+        n_prelude=loop.n_prelude,
+        n_recurrent=loop.n_recurrent,
+        n_coda=loop.n_coda,
+        recurrence=loop.mean_recurrence if recurrence is None else recurrence,
+        mean_recurrence=loop.mean_recurrence,
+        max_recurrence=loop.max_recurrence,
+        backprop_depth=loop.backprop_depth,
+        lora_rank=loop.lora_rank,
+        mixture_of_depths=loop.mixture_of_depths,
+    )
+
+
+def expected_recurrence(loop: LoopPlan) -> float:
+    """The mean of r as it is drawn: log-normal of median `mean_recurrence`, rounded, from 1 to
+    `max_recurrence`."""
+
+    def below(r: float) -> float:
+        """The probability of less."""
+        z = math.log(r / loop.mean_recurrence) / R_SIGMA
+        return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+    most = loop.max_recurrence
+    # the sum over r of P(drawn >= r), with all above the most counted as the most
+    return 1.0 + sum(1 - below(r - 0.5) for r in range(2, most + 1))
+
+
+def expected_flops(model: ModelPlan) -> float:
+    """FLOPs per token of a usual step: those of the plan, of a looped model at its mean r."""
+    if model.loop is None:
+        return float(model.flops_per_token)
+    return planned_shape(model, recurrence=expected_recurrence(model.loop)).flops_per_token

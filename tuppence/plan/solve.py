@@ -23,7 +23,7 @@ from tuppence.config import (
     Warning,
 )
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.plan import loss
+from tuppence.plan import laws, loss
 from tuppence.plan.asked import (
     batch_sequences,
     check_budget,
@@ -32,10 +32,14 @@ from tuppence.plan.asked import (
     check_values,
     limit_seconds,
     max_steps,
+    optimizer_of,
     solve_model,
-    solve_recipe,
+    solve_optimizer,
+    solve_schedule,
 )
+from tuppence.plan.cost import Shape
 from tuppence.plan.estimate import (
+    ROOFLINE_SHARE,
     UnitSeconds,
     choose_timing,
     largest_micro_batch,
@@ -47,6 +51,7 @@ from tuppence.plan.estimate import (
 )
 from tuppence.plan.hardware import Calibration, Timing
 from tuppence.plan.prices import ASSUMED_USD_PER_HOUR
+from tuppence.plan.shapes import export_warnings, shape_of
 from tuppence.plan.stages import EVAL_SHARE
 
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
@@ -62,13 +67,17 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     check_trainable(run)
     budget = check_budget(run.budget)
     model = solve_model(run, data)
-    step = _solve_step(run, budget, data, model, calibration)
+    shape = shape_of(run.model, data.vocab_size)
+    tokens = _likely_tokens(run, budget, model, calibration)
+    step = _solve_step(run, budget, data, model, shape, tokens, calibration)
     timing = choose_timing(run, model, step.micro_batch, step.workers, calibration)
-    peak_gib = peak_memory_gib(model, timing, calibration)
+    peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration)
     _check_memory(step, peak_gib, calibration)
     machine = _solve_machine(run, calibration, model, timing)
-    units = unit_seconds(model, step, timing, calibration)
-    schedule, optimizer = solve_recipe(run)
+    units = unit_seconds(model, step, optimizer_of(run), timing, calibration)
+    schedule = solve_schedule(run)
+    recipe = laws.recipe(shape, optimizer_of(run), tokens, batch_tokens=step.batch_tokens)
+    optimizer = solve_optimizer(run, model, laws.overridden(recipe, run.train))
     cadence = _solve_cadence(run, budget, data, model, step, machine, units)
     predicted = predict(
         budget,
@@ -77,8 +86,11 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
         machine,
         step,
         cadence,
+        optimizer.name,
         units,
-        loss.expectation(data, model, step.batch_tokens, optimizer, schedule),
+        loss.Expectation(None, loss.STARTED)
+        if run.train.init_from is not None
+        else loss.expectation(data, model, step.batch_tokens, optimizer, schedule),
         basis=timing.source,
         peak_gib=peak_gib,
     )
@@ -95,14 +107,41 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
         step=step,
         cadence=cadence,
         predicted=predicted,
-        warnings=tuple(_warnings(budget, data, machine, step, cadence, predicted)),
+        warnings=(
+            *_warnings(budget, data, machine, step, cadence, predicted),
+            *export_warnings(run.model),
+        ),
     )
 
 
+def _likely_tokens(run: Run, budget: Budget, model: ModelPlan, calibration: Calibration) -> float:
+    """About how many tokens the run will see: what batch and rates follow from.
+
+    Counted by the matmul ceiling alone, so that a machine's moods do not change the recipe.
+    """
+    price = run.machine.usd_per_hour or ASSUMED_USD_PER_HOUR
+    flops = ROOFLINE_SHARE * max(calibration.matmul_tflops.values()) * 1e12
+    tokens = limit_seconds(budget, price) * flops / model.flops_per_token
+    if budget.tokens is not None:
+        tokens = min(tokens, budget.tokens)
+    if budget.steps is not None:
+        tokens = min(tokens, budget.steps * (run.train.batch_tokens or 16 * model.sequence_len))
+    return tokens
+
+
 def _solve_step(
-    run: Run, budget: Budget, data: DataPlan, model: ModelPlan, calibration: Calibration
+    run: Run,
+    budget: Budget,
+    data: DataPlan,
+    model: ModelPlan,
+    shape: Shape,
+    tokens: float,
+    calibration: Calibration,
 ) -> StepPlan:
-    sequences = batch_sequences(run, data, model)
+    batch = run.train.batch_tokens
+    if batch is None and model.family != "gpt2":
+        batch = laws.recipe(shape, optimizer_of(run), tokens).batch_tokens
+    sequences = batch_sequences(batch, data, model)
     if run.train.micro_batch is not None:
         micro = check_micro_batch(run.train.micro_batch, sequences, model.sequence_len)
     else:

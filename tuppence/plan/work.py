@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tuppence.config import DataPlan, Run, Train
 from tuppence.errors import UserError
 from tuppence.plan import laws, shapes
-from tuppence.plan.asked import check_batch, check_corpus
+from tuppence.plan.asked import check_batch, check_corpus, optimizer_of
 from tuppence.plan.cost import Shape, checkpoint_bytes
 from tuppence.plan.loss import effective_tokens
 
@@ -34,13 +34,8 @@ class Work:
     @property
     def checkpoint_bytes(self) -> int:
         """On disk: fp32 weights and the optimizer's moments."""
-        moved = self.shape.params_body if self.train.optimizer == "muon" else 0
+        moved = self.shape.params_muon if self.train.optimizer == "muon" else 0
         return checkpoint_bytes(self.shape.params, muon_params=moved)
-
-
-def optimizer_of(run: Run) -> str:
-    """The optimizer that is asked for, or AdamW."""
-    return run.train.optimizer or "adamw"
 
 
 def shape_at(run: Run, data: DataPlan, depth: int | None) -> Shape:
@@ -79,17 +74,12 @@ def work_of(
         batch = _filling(min(recipe.batch_tokens, most), shape.sequence_len, at_once)
     check_batch(batch, shape.sequence_len)
     check_corpus(data, length=shape.sequence_len, batch_tokens=batch)
-    rate, decay = train.learning_rate, train.weight_decay
+    recipe = laws.recipe(shape, optimizer, tokens, batch_tokens=batch)
     return Work(
         shape=shape,
         depth=shapes.laid_out(run.model).n_layer or depth,
         train=replace(train, optimizer=optimizer),
-        recipe=replace(
-            recipe,
-            batch_tokens=batch,
-            learning_rate=recipe.learning_rate if rate is None else rate,
-            weight_decay=recipe.weight_decay if decay is None else decay,
-        ),
+        recipe=laws.overridden(recipe, train),
     )
 
 

@@ -20,9 +20,10 @@ from torch import nn
 from tuppence import host
 from tuppence.config import Plan
 from tuppence.model import build
+from tuppence.model.layers import Draws
 from tuppence.plan import hardware
 from tuppence.plan.hardware import Calibration, Timing
-from tuppence.train.optim import adamw
+from tuppence.train.optim import optimizers_of
 from tuppence.train.step import MicroBatch, train_step
 from tuppence.workers import Workers
 
@@ -113,19 +114,22 @@ def _ways(plan: Plan, calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _time_step(plan: Plan, device: str, precision: str, attention: str, micro: int) -> Timing:
-    model = build(plan.model, attention=attention).to(device)
+    model = build(plan.model, attention=attention, device=device)
     model.init_weights(0)
-    optimizer = adamw(model, plan.optimizer)
     workers = Workers(model, count=plan.step.workers, device=device, precision=precision)
+    optimizers = optimizers_of(model, plan.optimizer, workers)
     generator = torch.Generator().manual_seed(0)
     shape = (micro, plan.model.sequence_len)
     tokens = torch.randint(plan.model.vocab_size, shape, generator=generator).to(device)
-    key_B = torch.zeros(micro, dtype=torch.int64, device=device) if plan.model.dropout else None
-    one_round = [MicroBatch(tokens, tokens, key_B)] * len(workers)
+    drawn = plan.model.dropout > 0 or plan.model.loop is not None
+    key_B = torch.zeros(micro, dtype=torch.int64, device=device) if drawn else None
+    loop = plan.model.loop
+    draws = Draws(key_B, round(loop.mean_recurrence) if loop else None)
+    one_round = [MicroBatch(tokens, tokens, draws)] * len(workers)
 
     def step(rounds: int) -> Callable[[], object]:
         batch = one_round * rounds
-        return lambda: train_step(workers, optimizer, batch, learning_rate=0.0, grad_clip=1.0)
+        return lambda: train_step(workers, optimizers, batch, factor=0.0, grad_clip=1.0)
 
     def forward(model: nn.Module, batch: MicroBatch) -> None:
         with torch.no_grad(), workers.autocast():

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,17 @@ from tuppence.data.loader import Loader, rolling_sha, val_windows
 from tuppence.data.tokenizer import Tokenizer, load_tokenizer
 from tuppence.errors import DoesNotFit, Fault, UserError
 from tuppence.folder import RunFolder
+from tuppence.hub.load import load_into
 from tuppence.ledger import Meter
 from tuppence.live import Live, duration
-from tuppence.model import build
+from tuppence.model import Family, build
+from tuppence.model.looped import draw_recurrence
+from tuppence.plan.shapes import expected_flops, planned_shape
 from tuppence.train.interrupt import Interrupt, Interrupted
-from tuppence.train.optim import adamw
+from tuppence.train.optim import optimizers_of
 from tuppence.train.pace import Pace, Turn, finish_seconds
 from tuppence.train.schedule import factor
-from tuppence.train.step import StepResult, dropout_keys, micro_batches, train_step
+from tuppence.train.step import StepResult, micro_batches, sequence_keys, train_step
 from tuppence.workers import Workers
 
 BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
@@ -72,7 +76,7 @@ class Trainer:
     tokenizer: Tokenizer
     workers: Workers
     prompt: list[int]
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     state: State
     saved_step: int = -1
     last_save: float = 0.0
@@ -130,13 +134,18 @@ def _set_up(
     torch.set_num_threads(plan.machine.threads if plan.step.workers == 1 else 1)
     tokenizer = load_tokenizer(data_folder / "tokenizer")
     prompt = prompt_ids(plan, tokenizer, data_folder)
-    model = build(plan.model, attention=plan.machine.attention).to(device)
-    optimizer = adamw(model, plan.optimizer)
-    state = checkpoint.load_newest(folder, model, optimizer)
+    model = build(plan.model, attention=plan.machine.attention, device=device)
+    workers = Workers(
+        torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
+        count=plan.step.workers,
+        device=device,
+        precision=plan.machine.precision,
+    )
+    optimizers = optimizers_of(model, plan.optimizer, workers)
+    state = checkpoint.load_newest(folder, model, optimizers)
     if state is None:
-        model.init_weights(plan.step.seed)
+        _first_weights(model, plan, folder, attempt)
         state = replace(FIRST_STATE, began_seconds=meter.seconds())
-        folder.event("start", "from the beginning", attempt=attempt, step=0)
     else:
         live.say(f"resuming from step {state.step} (attempt {attempt})")
         message = f"from step {state.step}"
@@ -145,7 +154,7 @@ def _set_up(
         plan=plan,
         folder=folder,
         meter=meter,
-        pace=Pace(plan, meter, began=state.began_seconds),
+        pace=Pace(plan, meter, began=state.began_seconds, work=work_of(plan)),
         live=live,
         interrupt=interrupt,
         loader=Loader(
@@ -156,14 +165,9 @@ def _set_up(
         ),
         data_folder=data_folder,
         tokenizer=tokenizer,
-        workers=Workers(
-            torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
-            count=plan.step.workers,
-            device=device,
-            precision=plan.machine.precision,
-        ),
+        workers=workers,
         prompt=prompt,
-        optimizer=optimizer,
+        optimizers=optimizers,
         state=replace(state, attempt=attempt),
         saved_step=state.step if state.step else -1,
         last_save=time.monotonic(),
@@ -172,6 +176,18 @@ def _set_up(
         folder.tokenizer.mkdir(parents=True, exist_ok=True)
         trainer.tokenizer.save(folder.tokenizer)
     return trainer
+
+
+def _first_weights(model: Family, plan: Plan, folder: RunFolder, attempt: int) -> None:
+    """Drawn from the seed, or those that the plan starts from."""
+    if plan.init is None:
+        model.init_weights(plan.step.seed)
+        folder.event("start", "from the beginning", attempt=attempt, step=0)
+        return
+    load_into(model, plan.init)
+    message = f"from the weights in {plan.init.path}"
+    details = {"init_from": plan.init.path, "init_sha256": plan.init.sha256}
+    folder.event("start", message, attempt=attempt, step=0, **details)
 
 
 def prompt_ids(plan: Plan, tokenizer: Tokenizer, data_folder: Path) -> list[int]:
@@ -204,21 +220,22 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     started = time.monotonic()
     batch = trainer.loader.batch(state.step)
     tokens_sha = rolling_sha(state.tokens_sha, batch)
-    learning_rate = plan.optimizer.learning_rate * factor(turn.progress, plan.schedule)
+    rate_factor = factor(turn.progress, plan.schedule)
     result = train_step(
         trainer.workers,
-        trainer.optimizer,
+        trainer.optimizers,
         micro_batches(
             batch,
             micro_batch=plan.step.micro_batch,
             device=plan.machine.device,
             keys=_keys(plan, state.step),
+            recurrence=_recurrence(plan, state.step),
         ),
-        learning_rate=learning_rate,
+        factor=rate_factor,
         grad_clip=plan.optimizer.grad_clip,
     )
     seconds = time.monotonic() - started
-    trainer.pace.step_took(seconds)
+    trainer.pace.step_took(state.step, seconds)
     trainer.state = replace(
         state,
         step=state.step + 1,
@@ -230,22 +247,41 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     )
     due = _due_evaluation(trainer, state.progress)
     trainer.state = replace(trainer.state, evaluation_due=due)
-    _log(trainer, result, learning_rate, seconds)
+    _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds)
     if not result.updated:
         _guard(trainer, result)
 
 
 def _keys(plan: Plan, step: int) -> np.ndarray | None:
-    """Dropout keys of a step, or None where nothing is dropped."""
-    if plan.model.dropout == 0:
+    """A key for each sequence of a step, or None where nothing is drawn."""
+    if plan.model.dropout == 0 and plan.model.loop is None:
         return None
-    return dropout_keys(seed=plan.step.seed, step=step, batch_sequences=plan.step.batch_sequences)
+    return sequence_keys(seed=plan.step.seed, step=step, batch_sequences=plan.step.batch_sequences)
+
+
+def _recurrence(plan: Plan, step: int) -> int | None:
+    """A looped model's iterations in this step."""
+    if plan.model.loop is None:
+        return None
+    return draw_recurrence(plan.model.loop, seed=plan.step.seed, step=step)
+
+
+def work_of(plan: Plan) -> Callable[[int], float]:
+    """How much each step has to do beside a usual one."""
+    usual = expected_flops(plan.model)
+
+    def work(step: int) -> float:
+        r = _recurrence(plan, step)
+        return 1.0 if r is None else planned_shape(plan.model, recurrence=r).flops_per_token / usual
+
+    return work
 
 
 def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: float) -> None:
     plan, state, meter = trainer.plan, trainer.state, trainer.meter
     rate = plan.step.batch_tokens / seconds
-    mfu = rate * plan.model.flops_per_token / (plan.machine.peak_tflops * 1e12)
+    flops = expected_flops(plan.model) * trainer.pace.work(state.step - 1)
+    mfu = rate * flops / (plan.machine.peak_tflops * 1e12)
     usd = meter.usd()
     trainer.folder.append(
         "metrics",
@@ -391,7 +427,7 @@ def _save(trainer: Trainer) -> None:
     with trainer.meter.phase("save"):
         trainer.state = replace(trainer.state, saved_at=time.time())
         pointer = checkpoint.save(
-            trainer.folder, _bare(trainer.workers.model), trainer.optimizer, trainer.state
+            trainer.folder, _bare(trainer.workers.model), trainer.optimizers, trainer.state
         )
         checkpoint.retain(trainer.folder, keep_last=KEEP_LAST)
     trainer.last_save = time.monotonic()

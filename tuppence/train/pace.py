@@ -11,6 +11,7 @@ that the learning rate lands on its floor on a step that is really taken.
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tuppence.config import Plan
@@ -38,9 +39,19 @@ class Turn:
 class Pace:
     """Decides, before each step, where in the budget it stands. Estimates follow what is seen."""
 
-    def __init__(self, plan: Plan, meter: Meter, *, began: float = 0.0) -> None:
-        """`began` is what was charged, in seconds, when the run's first step was about to begin."""
-        self.plan, self.meter, self.began = plan, meter, began
+    def __init__(
+        self,
+        plan: Plan,
+        meter: Meter,
+        *,
+        began: float = 0.0,
+        work: Callable[[int], float] = lambda step: 1.0,
+    ) -> None:
+        """`began` is what was charged, in seconds, when the run's first step was about to begin.
+
+        `work` is how much a step has to do beside a usual one (looped models draw it).
+        """
+        self.plan, self.meter, self.began, self.work = plan, meter, began, work
         self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
         self.timed = self.limit_usd is not None or self.limit_hours is not None
         self._warm = False
@@ -49,14 +60,14 @@ class Pace:
         self.save_seconds = plan.predicted.save_seconds
         self.eval_measured = False
 
-    def step_took(self, seconds: float) -> None:
+    def step_took(self, step: int, seconds: float) -> None:
         """An attempt's first step compiles and allocates, and says nothing about the others."""
         if self._warm:
-            self._recent.append(seconds)
+            self._recent.append(seconds / self.work(step))
         self._warm = True
 
     def step_seconds(self) -> float:
-        """What a step takes now: the recent median, before any the plan's guess."""
+        """What a usual step takes now: the recent median, before any the plan's guess."""
         if not self._recent:
             return self.plan.predicted.step_seconds.mid
         return statistics.median(self._recent)
@@ -96,14 +107,15 @@ class Pace:
             fraction = (step + 1) / self.plan.step.max_steps
             last = step + 1 == self.plan.step.max_steps
         if self.timed:
-            one = self.step_seconds()
+            one = self.step_seconds() * self.work(step)
+            following = self.step_seconds() * self.work(step + 1)
             left = self.seconds_left() - self.reserve(step)
             if left < one:
                 return self._landing(step, one)
             spent = self.meter.seconds() - self.began
             fraction = max(fraction, (spent + one) / (spent + left))
             # behind the last step another one stays free: for this one, should it take that long
-            last = last or left - one < (1 + CAUTION) * one
+            last = last or left - one < following + CAUTION * one
         return Turn(1.0 if last else min(fraction, math.nextafter(1, 0)), last)
 
     def _landing(self, step: int, one: float) -> Turn | None:

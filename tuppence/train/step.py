@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tuppence.model.layers import Draws
 from tuppence.workers import Workers
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass takes: tokens [b, T] twice, dropout keys [b] or None."""
+    """What one forward and backward pass takes: tokens [b, T] twice, and what it draws."""
 
     inputs: Tensor
     targets: Tensor
-    key_B: Tensor | None
+    draws: Draws
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,21 @@ class StepResult:
 
 def train_step(
     workers: Workers,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     batch: Sequence[MicroBatch],
     *,
-    learning_rate: float,
+    factor: float,
     grad_clip: float,
 ) -> StepResult:
     """Take one step over the micro-batches of a batch, all of the same size.
 
-    The mean of their means is the large batch's mean. A loss or gradient that is not finite leaves
-    weights and optimizer untouched.
+    The mean of their means is the large batch's mean. `factor` multiplies every group's peak
+    learning rate. A loss or gradient that is not finite leaves weights and optimizers untouched.
     """
 
     def backward(model: nn.Module, micro: MicroBatch) -> Tensor:
         with workers.autocast():
-            loss: Tensor = model(micro.inputs, micro.targets, key_B=micro.key_B) / len(batch)
+            loss: Tensor = model(micro.inputs, micro.targets, draws=micro.draws) / len(batch)
         torch.autograd.backward(loss)
         return loss.detach()
 
@@ -55,30 +56,36 @@ def train_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(workers.model.parameters(), clip).item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+    workers.model.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, finite)
 
 
 def micro_batches(
-    batch: np.ndarray, *, micro_batch: int, device: str, keys: np.ndarray | None
+    batch: np.ndarray,
+    *,
+    micro_batch: int,
+    device: str,
+    keys: np.ndarray | None,
+    recurrence: int | None,
 ) -> list[MicroBatch]:
-    """Cut a batch [B, T+1], with a dropout key for each row, into micro-batches on the device."""
+    """Cut a batch [B, T+1], with a key for each row, into micro-batches on the device."""
     rows = torch.from_numpy(batch).to(device, non_blocking=True)
     key_B = None if keys is None else torch.from_numpy(keys).to(device)
     return [
         MicroBatch(
             rows[i : i + micro_batch, :-1],
             rows[i : i + micro_batch, 1:],
-            None if key_B is None else key_B[i : i + micro_batch],
+            Draws(None if key_B is None else key_B[i : i + micro_batch], recurrence),
         )
         for i in range(0, len(batch), micro_batch)
     ]
 
 
-def dropout_keys(*, seed: int, step: int, batch_sequences: int) -> np.ndarray:
+def sequence_keys(*, seed: int, step: int, batch_sequences: int) -> np.ndarray:
     """One key per sequence of the global batch, int64 [B]: a function of (seed, step, place)."""
     stream = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
     return stream.integers(0, 2**32, size=batch_sequences, dtype=np.int64)
