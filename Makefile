@@ -15,7 +15,7 @@ check: .venv/dev                    ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=path adds the peer
+bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, NANOCHAT= add peers
 	$(BIN)/python bench/quickstart.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python bench/prepare.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(CORPUS),--corpus $(CORPUS))
 	$(BIN)/python bench/budget_sweep.py
@@ -26,6 +26,9 @@ bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=pa
 	$(BIN)/python bench/fit_throughput.py --leave-out framework
 	$(BIN)/python bench/fit_loss.py --leave-out size
 	$(BIN)/python bench/this_machine.py
+	$(BIN)/python bench/looped.py
+	$(BIN)/python bench/time_to_loss.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOCHAT),--nanochat $(NANOCHAT))
+	$(if $(CORPUS),$(BIN)/python bench/families.py --corpus $(CORPUS) $(if $(NANOCHAT),--nanochat $(NANOCHAT)))
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -36,7 +36,7 @@ SHORT = (
 WHOLE = ("train.eval_every=1000000", "train.eval_tokens=1000000")
 PEER_SHAPE = (
     *("model.family=depth", "model.depth=4", "model.sequence_len=256"),
-    *("train.batch_tokens=4096", "train.precision=bf16", "train.attention=matmul"),
+    *("train.batch_tokens=2048", "train.precision=bf16", "train.attention=matmul"),
 )
 
 

@@ -11,8 +11,9 @@ from families import SMALL, built, model_plan, on_one_thread, optimizer_plan
 from tuppence.data.loader import Loader
 from tuppence.data.prepare import prepare
 from tuppence.model.looped import draw_recurrence
+from tuppence.train.draws import sequence_keys
 from tuppence.train.optim import optimizers_of
-from tuppence.train.step import StepResult, micro_batches, sequence_keys, train_step
+from tuppence.train.step import StepResult, micro_batches, train_step
 from tuppence.workers import Workers
 
 STEPS, SEED = 8, 1

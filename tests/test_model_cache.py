@@ -9,7 +9,7 @@ from families import SMALL, model_plan, on_one_thread, shaken
 from tuppence import evals
 from tuppence.config import ModelPlan
 from tuppence.model import Family
-from tuppence.model.layers import Cache
+from tuppence.model.cache import Cache
 from tuppence.workers import Workers
 
 VARIANTS = {

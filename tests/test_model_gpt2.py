@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import built, model_plan
 
-from tuppence.model.layers import Draws, Dropout, hash32
+from tuppence.model.replay import Draws, Dropout, hash32
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights"
 

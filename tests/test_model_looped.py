@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tuppence.config import LoopPlan, ModelPlan
 from tuppence.model import looped
-from tuppence.model.layers import Draws, keyed_normal
 from tuppence.model.looped import Looped, capacity_of, draw_recurrence
+from tuppence.model.replay import Draws, keyed_normal
 from tuppence.plan.shapes import expected_recurrence
-from tuppence.train.step import sequence_keys
+from tuppence.train.draws import sequence_keys
 
 PLAN = model_plan(**SMALL["looped"])
 ROUTED = model_plan(**SMALL["looped"], mixture_of_depths=True)

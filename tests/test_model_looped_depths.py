@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tuppence import evals
 from tuppence.config import LoopPlan, ModelPlan
 from tuppence.model import looped
-from tuppence.model.layers import Cache, Draws, softcapped
+from tuppence.model.cache import Cache
+from tuppence.model.layers import softcapped
 from tuppence.model.looped import Looped, capacity_of, draw_recurrence
+from tuppence.model.replay import Draws
+from tuppence.train.draws import sequence_keys
 from tuppence.train.optim import optimizers_of
-from tuppence.train.step import micro_batches, sequence_keys, train_step
+from tuppence.train.step import micro_batches, train_step
 from tuppence.workers import Workers
 
 PLAN = model_plan(**SMALL["looped"])

@@ -13,9 +13,10 @@ from tuppence.config import OptimizerPlan
 from tuppence.folder import RunFolder
 from tuppence.model import Family
 from tuppence.model.looped import draw_recurrence
+from tuppence.train.draws import sequence_keys
 from tuppence.train.loop import FIRST_STATE
 from tuppence.train.optim import Muon, optimizers_of, orthogonalised
-from tuppence.train.step import StepResult, micro_batches, sequence_keys, train_step
+from tuppence.train.step import StepResult, micro_batches, train_step
 from tuppence.workers import Workers
 
 MUON = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}

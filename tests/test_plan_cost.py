@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tuppence import recipes
 from tuppence.config import ModelPlan
 from tuppence.model import Family, build, depth, looped
-from tuppence.model.layers import Cache, Draws
+from tuppence.model.cache import Cache
+from tuppence.model.replay import Draws
 from tuppence.plan import cost
 from tuppence.plan.asked import solve_model
 from tuppence.plan.shapes import planned_shape, shape_of

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tuppence.config import ModelPlan
 from tuppence.model import Family, layers
-from tuppence.model.layers import Draws
 from tuppence.model.looped import capacity_of
+from tuppence.model.replay import Draws
 from tuppence.plan import cost, memory
 from tuppence.plan.cost import GIB, Shape
 from tuppence.plan.gpus import find_gpu

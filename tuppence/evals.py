@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuppence.model.layers import Cache
+from tuppence.model.cache import Cache
 from tuppence.workers import Workers
 
 

@@ -39,6 +39,26 @@ def shakespeare() -> Run:
     )
 
 
+def shakespeare_looped() -> Run:
+    """The same text and budget, a looped model: four blocks stored, some nine run on average."""
+    return Run(
+        budget=Budget(usd=0.02),
+        model=Model(
+            family="looped",
+            n_prelude=1,
+            n_recurrent=2,
+            n_coda=1,
+            mean_recurrence=3,
+            max_recurrence=8,
+            lora_rank=8,
+            n_embd=192,
+            sequence_len=256,
+        ),
+        data=Data(source="shakespeare", tokenizer="char"),
+        train=Train(batch_tokens=8 * 256, learning_rate=0.01, weight_decay=0.1, decay=0.5),
+    )
+
+
 def quickstart() -> Run:
     """nanoGPT's CPU quickstart shape (4 layers, width 128, T=64, batch 12), tuned for time."""
     return Run(
@@ -161,7 +181,7 @@ def depth_1000usd() -> Run:
 
 def all_recipes() -> dict[str, Callable[[], Run]]:
     """The shipped recipes by name, in the order of this file."""
-    ours = (shakespeare, quickstart, gpt2_124m, auto)
+    ours = (shakespeare, shakespeare_looped, quickstart, gpt2_124m, auto)
     guides = (nanogpt_openwebtext, nanogpt_4b_tokens, looped_546m, llmc_gpt2_124m, depth_1000usd)
     return {f.__name__: f for f in (*ours, *guides)}
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
+from tuppence.model.cache import Cache
 from tuppence.model.layers import (
-    Cache,
-    Draws,
     attend,
     causal_mask,
     compute_dtype,
@@ -30,6 +29,7 @@ from tuppence.model.layers import (
     rotate,
     softcapped,
 )
+from tuppence.model.replay import Draws
 
 GATE_CHANNELS = 12  # of a layer's input, that say how much of its value embedding enters
 GATE_RANGE = 3.0

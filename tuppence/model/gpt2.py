@@ -18,16 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
-from tuppence.model.layers import (
-    Cache,
-    Draws,
-    Dropout,
-    attend,
-    causal_mask,
-    cross_entropy,
-    embedding,
-    matmul_attention,
-)
+from tuppence.model.cache import Cache
+from tuppence.model.layers import attend, causal_mask, cross_entropy, embedding, matmul_attention
+from tuppence.model.replay import Draws, Dropout
 
 
 class Attention(nn.Module):

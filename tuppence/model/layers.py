@@ -1,16 +1,17 @@
-"""What the families share: norms, rotary positions, causal attention, and the cache of its keys.
+"""What the families share: norms, the head's loss, rotary positions, causal attention.
 
 Shapes: B sequences, T new positions, S positions so far (S = T where nothing is cached), H heads,
 G key-value heads, K channels of a head, D channels of the model, V tokens.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tuppence.model.replay import Dropout
 
 NORM_EPS = 1e-6
 ROPE_BASE = 100_000.0
@@ -200,7 +201,7 @@ def attend(how: str, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor | None) ->
 
 
 def matmul_attention(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_TS: Tensor, dropout: "Dropout"
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_TS: Tensor, dropout: Dropout
 ) -> Tensor:
     """Causal attention by two batched products and a softmax.
 
@@ -212,114 +213,3 @@ def matmul_attention(
     scores = torch.baddbmm(mask_TS.to(q.dtype), q, k.transpose(1, 2), alpha=1 / math.sqrt(K))
     weights = dropout(scores.softmax(-1).view(B, H, T, S)).view(B * H, T, S)
     return torch.bmm(weights, v).view(B, H, T, K)
-
-
-# ---------------------------------------------------------------- the cache
-
-
-@dataclass
-class _Kept:
-    """Keys and values [.., .., positions, K] of one executed layer; the first `length` are real."""
-
-    k: Tensor
-    v: Tensor
-    length: int
-
-
-class Cache:
-    """Keys and values of each executed layer, kept as positions come, for up to `positions`.
-
-    `length` counts the positions that the whole model has seen; layers are numbered as executed,
-    so that a looped model has one for every block of every iteration.
-    """
-
-    def __init__(self, positions: int) -> None:
-        self.positions, self.length = positions, 0
-        self._layers: dict[int, _Kept] = {}
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values [.., .., T, K]; returns all it has, [.., .., S, K]."""
-        if layer not in self._layers:
-            room = (*k.shape[:2], self.positions, k.shape[3])
-            self._layers[layer] = _Kept(k.new_zeros(room), v.new_zeros(room), 0)
-        kept = self._layers[layer]
-        start, kept.length = kept.length, kept.length + k.shape[2]
-        assert kept.length <= self.positions, f"a cache of {self.positions} positions is full"
-        kept.k[:, :, start : kept.length] = k
-        kept.v[:, :, start : kept.length] = v
-        return kept.k[:, :, : kept.length], kept.v[:, :, : kept.length]
-
-    def seen(self, layer: int) -> int:
-        """How many positions a layer has kept."""
-        return self._layers[layer].length if layer in self._layers else 0
-
-    def rewind(self, layer: int, positions: int) -> None:
-        """Forget a layer's last positions."""
-        if layer in self._layers:
-            self._layers[layer].length -= positions
-
-    def repeat(self, layer: int, like: int, positions: int) -> None:
-        """Give `layer` the last positions of the layer `like`."""
-        kept = self._layers[like]
-        last = slice(kept.length - positions, kept.length)
-        self.extend(layer, kept.k[:, :, last], kept.v[:, :, last])
-
-
-# ---------------------------------------------------------------- randomness that can be replayed
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What one training pass draws: an int64 key per sequence, from (seed, step, place in the
-    global batch), and for a looped model the iterations of this step."""
-
-    key_B: Tensor | None = None
-    recurrence: int | None = None
-
-
-class Dropout:
-    """Dropout whose mask is a pure function of a key per sequence, a counter of sites and a place.
-
-    A generator's mask depends on everything drawn before it: a resumed run, another micro-batch or
-    another number of processes would drop other channels. Here each call is the next site of the
-    network. Without keys, or with rate 0, it does nothing.
-    """
-
-    def __init__(self, rate: float, key_B: Tensor | None) -> None:
-        self.rate, self.key_B, self.site = rate, key_B, 0
-
-    def __call__(self, x_B: Tensor) -> Tensor:
-        if self.key_B is None or self.rate == 0:
-            return x_B
-        self.site += 1
-        key_B1 = hash32(self.key_B + 0x9E3779B1 * self.site)[:, None]
-        place_N = torch.arange(x_B[0].numel(), device=x_B.device, dtype=torch.int64)
-        kept = hash32(key_B1 ^ place_N[None]) >= int(self.rate * 2**32)
-        return x_B * kept.view(x_B.shape).to(x_B.dtype) / (1 - self.rate)
-
-
-def keyed_normal(key_B: Tensor, start: int, positions: int, channels: int) -> Tensor:
-    """Standard normal [B, T, D] of positions `start` on: a function of key, position and channel.
-
-    Box and Muller 1958: two uniforms, the halves of one hash each, make two normals.
-    """
-    pairs = positions * channels // 2
-    place_N = torch.arange(pairs, device=key_B.device) + start * channels // 2
-    first = hash32(hash32(key_B)[:, None] ^ place_N[None])
-    second = hash32(first + 0x9E3779B1)
-    radius = torch.sqrt(-2 * torch.log((first.float() + 1) / (2**32 + 1)))
-    angle = second.float() * (2 * math.pi / 2**32)
-    both = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    return both.view(len(key_B), positions, channels)
-
-
-def hash32(x: Tensor) -> Tensor:
-    """A bijective mix of the low 32 bits of an int64 tensor (two multiply-xorshift rounds).
-
-    Constants: "lowbias32", Wellons, Prospecting for Hash Functions (2018).
-    """
-    low = 0xFFFFFFFF
-    x = x & low
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
-    return x ^ (x >> 16)

@@ -25,19 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuppence.config import LoopPlan, ModelPlan
+from tuppence.model.cache import Cache
 from tuppence.model.depth import MLP, Attention
 from tuppence.model.layers import (
-    Cache,
-    Draws,
     causal_mask,
     compute_dtype,
     embedding,
     head_loss,
-    keyed_normal,
     norm,
     rotary_table,
     softcapped,
 )
+from tuppence.model.replay import Draws, keyed_normal
 
 STATE_STD = 0.02
 ADAPTER_SCALE = 0.1
@@ -265,8 +264,7 @@ class Looped(nn.Module):
             loss = state_BTD.new_zeros(())
         if index_BP.shape[1] == 0:
             return state_BTD, loss
-        index_BP1 = index_BP[..., None]
-        index_BPD = index_BP1.expand(-1, -1, state_BTD.shape[2])
+        index_BPD = index_BP[..., None].expand(-1, -1, state_BTD.shape[2])
         old_BPD = state_BTD.gather(1, index_BPD)
         new_BPD = self._core(
             old_BPD, given_BTD.gather(1, index_BPD), self._placed(place, index_BP, i), i

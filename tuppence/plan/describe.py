@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from tuppence.config import InitPlan, Interval, Plan
+from tuppence.config import InitPlan, Interval, ModelPlan, OptimizerPlan, Plan
 from tuppence.live import duration
 from tuppence.plan.bill import KEPT_CHECKPOINTS
 from tuppence.plan.stages import shard_bytes
@@ -26,6 +26,22 @@ def _starts(init: InitPlan) -> str:
     return f"from the weights in {init.path} (sha256 {init.sha256[:12]})"
 
 
+def _layers(model: ModelPlan) -> str:
+    """How many blocks, and how often a loop runs some of them."""
+    if model.loop is None:
+        return f"{model.n_layer} layers"
+    loop = model.loop
+    return f"{model.n_layer} layers ({loop.n_recurrent} of them {loop.mean_recurrence:g} times)"
+
+
+def _rates(plan: OptimizerPlan) -> str:
+    """Peak rates by who moves what."""
+    groups = plan.groups
+    beside = ", ".join(f"{groups[kind].learning_rate:.3g} {kind}" for kind in ("embedding", "head"))
+    adam = f" (adamw beside it: {beside})" if plan.name == "muon" else ""
+    return f"{plan.name} {plan.learning_rate:.3g}{adam}, weight decay {plan.weight_decay:.3g}"
+
+
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it before paying; intervals are 80%."""
     model, machine, step, told = plan.model, plan.machine, plan.step, plan.predicted
@@ -35,7 +51,7 @@ def plan_text(plan: Plan) -> str:
         ("plan", f"{plan.name}: spend {limits(plan)}"),
         (
             "model",
-            f"{model.family}, {model.n_layer} layers x {model.n_embd}, {model.n_head} heads, "
+            f"{model.family}, {_layers(model)} x {model.n_embd}, {model.n_head} heads, "
             f"T={model.sequence_len}, vocabulary {model.vocab_size:,}: {model.params:,} "
             f"parameters, {model.flops_per_token / 1e6:,.1f} MFLOP/token",
         ),
@@ -55,6 +71,7 @@ def plan_text(plan: Plan) -> str:
             f"{step.batch_tokens:,} tokens = {step.accumulation} x {step.micro_batch} sequences; "
             f"{told.step_seconds.mid * 1e3:,.1f} ms",
         ),
+        ("rates", _rates(plan.optimizer)),
         (
             "speed",
             f"{between(told.tokens_per_second)} tokens/s; MFU {told.mfu.mid:.0%} of "

@@ -249,7 +249,7 @@ def _why(group: Group, outside: float, epochs: float) -> str:
 # ---------------------------------------------------------------- the shipped default recipe
 
 
-Recipe = tuple[str | int | float, ...]
+Recipe = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,12 @@ def _published(data: DataPlan, model: ModelPlan, optimizer: OptimizerPlan) -> Ex
 def recipe_of(
     model: ModelPlan, batch_tokens: int, optimizer: OptimizerPlan, schedule: SchedulePlan
 ) -> Recipe:
-    """What a loss depends on besides data and length."""
+    """What a loss depends on besides data and length, but for the looped family's own numbers,
+    which no fit is of."""
+    whole = all(window == model.sequence_len for window in model.windows)
     shape = (model.family, model.n_layer, model.n_head, model.n_embd, model.sequence_len)
-    steps = (model.dropout, batch_tokens, optimizer.learning_rate, optimizer.weight_decay)
-    return (*shape, *steps, schedule.shape, schedule.warmup)
+    parts = (model.n_kv_head, whole, model.value_embeddings, model.residual_scalars, model.dropout)
+    kinds = ("matrix", "embedding", "head")
+    rates = tuple(round(optimizer.groups[kind].learning_rate, 6) for kind in kinds)
+    rule = (optimizer.name, *rates, optimizer.weight_decay, batch_tokens)
+    return (shape, parts, rule, (schedule.shape, schedule.warmup, schedule.decay, schedule.floor))

@@ -29,7 +29,7 @@ LOOPED_ONLY = (
     "mixture_of_depths",
 )
 GPT2_ONLY = ("bias", "tied_head", "dropout")
-DEPTH_ONLY = ("window_pattern", "value_embeddings", "residual_scalars", "exportable")
+DEPTH_ONLY = ("window_pattern", "value_embeddings", "residual_scalars")
 FOREIGN = {  # what a family has no part for
     "gpt2": (*DEPTH_ONLY, *LOOPED_ONLY),
     "depth": (*GPT2_ONLY, *LOOPED_ONLY),
@@ -78,6 +78,11 @@ def laid_out(model: Model) -> Model:
         heads = max(1, width // (64 if family == "gpt2" or width % 128 else 128))
     if family == "depth":
         model = _parts(model)
+    if family == "looped" and model.exportable:
+        raise UserError(
+            "model.exportable=on: a looped model is exported with a modelling file of its own; "
+            "model.exportable=none takes that"
+        )
     return dataclasses.replace(
         model,
         family=family,

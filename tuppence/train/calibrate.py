@@ -20,7 +20,7 @@ from torch import nn
 from tuppence import host
 from tuppence.config import Plan
 from tuppence.model import build
-from tuppence.model.layers import Draws
+from tuppence.model.replay import Draws
 from tuppence.plan import hardware
 from tuppence.plan.hardware import Calibration, Timing
 from tuppence.train.optim import optimizers_of

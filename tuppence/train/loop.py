@@ -14,12 +14,10 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tuppence import checkpoint, evals, host
@@ -33,13 +31,13 @@ from tuppence.hub.load import load_into
 from tuppence.ledger import Meter
 from tuppence.live import Live, duration
 from tuppence.model import Family, build
-from tuppence.model.looped import draw_recurrence
-from tuppence.plan.shapes import expected_flops, planned_shape
+from tuppence.plan.shapes import expected_flops
+from tuppence.train.draws import keys_of, recurrence_of, work_of
 from tuppence.train.interrupt import Interrupt, Interrupted
 from tuppence.train.optim import optimizers_of
 from tuppence.train.pace import Pace, Turn, finish_seconds
 from tuppence.train.schedule import factor
-from tuppence.train.step import StepResult, micro_batches, sequence_keys, train_step
+from tuppence.train.step import StepResult, micro_batches, train_step
 from tuppence.workers import Workers
 
 BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
@@ -228,8 +226,8 @@ def _step(trainer: Trainer, turn: Turn) -> None:
             batch,
             micro_batch=plan.step.micro_batch,
             device=plan.machine.device,
-            keys=_keys(plan, state.step),
-            recurrence=_recurrence(plan, state.step),
+            keys=keys_of(plan, state.step),
+            recurrence=recurrence_of(plan, state.step),
         ),
         factor=rate_factor,
         grad_clip=plan.optimizer.grad_clip,
@@ -250,31 +248,6 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds)
     if not result.updated:
         _guard(trainer, result)
-
-
-def _keys(plan: Plan, step: int) -> np.ndarray | None:
-    """A key for each sequence of a step, or None where nothing is drawn."""
-    if plan.model.dropout == 0 and plan.model.loop is None:
-        return None
-    return sequence_keys(seed=plan.step.seed, step=step, batch_sequences=plan.step.batch_sequences)
-
-
-def _recurrence(plan: Plan, step: int) -> int | None:
-    """A looped model's iterations in this step."""
-    if plan.model.loop is None:
-        return None
-    return draw_recurrence(plan.model.loop, seed=plan.step.seed, step=step)
-
-
-def work_of(plan: Plan) -> Callable[[int], float]:
-    """How much each step has to do beside a usual one."""
-    usual = expected_flops(plan.model)
-
-    def work(step: int) -> float:
-        r = _recurrence(plan, step)
-        return 1.0 if r is None else planned_shape(plan.model, recurrence=r).flops_per_token / usual
-
-    return work
 
 
 def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: float) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuppence.model.layers import Draws
+from tuppence.model.replay import Draws
 from tuppence.workers import Workers
 
 
@@ -83,9 +83,3 @@ def micro_batches(
         )
         for i in range(0, len(batch), micro_batch)
     ]
-
-
-def sequence_keys(*, seed: int, step: int, batch_sequences: int) -> np.ndarray:
-    """One key per sequence of the global batch, int64 [B]: a function of (seed, step, place)."""
-    stream = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
-    return stream.integers(0, 2**32, size=batch_sequences, dtype=np.int64)
