@@ -29,7 +29,7 @@ from tuppence.hub.load import load_into, plan_of
 from tuppence.model import Family, build
 from tuppence.origin import Origin, keys_of, merged
 from tuppence.plan.hardware import Calibration
-from tuppence.train import loop
+from tuppence.train import draws
 from tuppence.train.step import micro_batches, train_step
 from tuppence.workers import Workers
 
@@ -105,8 +105,8 @@ def first_loss(model: Family, plan: Plan, shards: Path) -> float:
         batch,
         micro_batch=plan.step.micro_batch,
         device="cpu",
-        keys=loop._keys(plan, 0),
-        recurrence=loop._recurrence(plan, 0),
+        keys=draws.keys_of(plan, 0),
+        recurrence=draws.recurrence_of(plan, 0),
     )
     workers = Workers(model, count=1, device="cpu", precision="fp32")
     return train_step(workers, [], micro, factor=0.0, grad_clip=1.0).loss
@@ -227,6 +227,7 @@ FITS = [
     (dataclasses.replace(PLAIN, n_embd=128, n_head=1), ["model.depth=2"]),
     (PLAIN, ["model.depth=2", "model.n_embd=32"]),
     (LOOPS, ["model.backprop_depth=2"]),
+    (LOOPS, ["model.mean_recurrence=4"]),
     (LOOPS, ["model.sequence_len=64"]),
 ]
 
@@ -254,7 +255,6 @@ REFUSED = [
     (PLAIN, "model.window_pattern=SL", "no windows"),
     (PLAIN, "model.depth=2", "model.n_layer=2 and model.n_embd=32"),
     (LOOPS, "model.n_recurrent=1", "2"),
-    (LOOPS, "model.mean_recurrence=4", "3"),
     (LOOPS, "model.mixture_of_depths=on", "False"),
 ]
 

@@ -102,6 +102,13 @@ def test_windows_shorten_attention_alone() -> None:
         (Model(**{**vars(LOOPED), "n_coda": None}), ["model.n_coda is not set"]),
         (Model(**{**vars(LOOPED), "n_recurrent": 0}), ["model.n_recurrent=0", "at least 1"]),
         (Model(depth=4, n_layer=6), ["model.depth=4", "model.n_layer=none"]),
+        (Model(family="depth", n_layer=1, n_embd=66, n_head=2), ["heads of 33", "n_embd=68"]),
+        (Model(**{**vars(LOOPED), "n_embd": 66, "n_head": 2}), ["heads of 33", "n_embd=68"]),
+        (
+            Model(family="depth", n_layer=1, n_embd=8, n_head=1),
+            ["model.n_embd=8", "12", "model.value_embeddings=off"],
+        ),
+        (Model(**{**vars(LOOPED), "exportable": True}), ["model.exportable=on", "of its own"]),
     ],
 )
 def test_wrong_shapes_name_the_value_and_the_remedy(model: Model, says: list[str]) -> None:
@@ -150,6 +157,16 @@ def test_small_batches_slow_muon_by_their_eighth_root_and_keep_rate_times_decay(
     assert other.learning_rate * other.weight_decay == pytest.approx(twice)
     short = laws.recipe(shape, "muon", 1e5, batch_tokens=2**14)
     assert short.learning_rate * short.weight_decay == pytest.approx(0.1)  # a tenth a step at most
+
+
+def test_trained_weights_move_at_rates_in_proportion() -> None:
+    found = laws.recipe(shape_of(Model(depth=4), 4096), "muon", 2e6)
+    said = laws.overridden(
+        found, Train(optimizer="muon", learning_rate=found.learning_rate / 100, init_from="x")
+    )
+    assert said.embedding_rate == pytest.approx(found.embedding_rate / 100)
+    assert said.head_rate == pytest.approx(found.head_rate / 100)
+    assert said.scalar_rate == pytest.approx(found.scalar_rate / 100)
 
 
 def test_rates_that_are_said_stand() -> None:

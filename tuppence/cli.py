@@ -214,7 +214,7 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
 def _loop_options(sub: argparse.ArgumentParser) -> None:
     """How long a looped model thinks."""
     loops = sub.add_argument_group("a looped model's iterations")
-    loops.add_argument("--recurrence", type=int, metavar="R", help="so many (its training's mean)")
+    loops.add_argument("--recurrence", type=int, metavar="R", help="so many (its mean_recurrence)")
     loops.add_argument(
         "--exit-kl",
         type=float,

@@ -102,8 +102,8 @@ class Data:
 class Train:
     """The optimisation. `*_every` count steps; unset, the plan spaces them by progress and time.
 
-    `learning_rate` is the matrices' and, unless they have rates of their own, everything's;
-    `momentum` is Muon's. `init_from` is a folder of weights to start from (tuppence import).
+    `learning_rate` is the matrices', and everything's in GPT-2 under AdamW; `momentum` is Muon's.
+    `init_from` is a folder of weights to start from (tuppence import).
     """
 
     init_from: str | None = None
@@ -369,19 +369,26 @@ class Plan:
 
 # ---------------------------------------------------------------- key=value
 
+FOR_NEW_WEIGHTS = (  # what a recipe says of training its own model, not one that is trained already
+    *("optimizer", "learning_rate", "embedding_rate", "head_rate", "scalar_rate"),
+    *("weight_decay", "beta1", "beta2", "momentum"),
+)
+
 
 def override(run: Run, assignments: list[str]) -> Run:
     """Apply `key=value` strings to a run, left to right.
 
     A `budget.*` among them replaces the recipe's budget as a whole (the person's budget is the
-    budget), a `train.init_from` the recipe's model (the weights' model is the model). Raises
+    budget), a `train.init_from` the recipe's model and what it says of training that one (the
+    weights' model is the model). Raises
     UserError for an unknown key or a value of the wrong type.
     """
     pairs = [_split(a) for a in assignments]
     if any(key.startswith("budget.") for key, _ in pairs):
         run = dataclasses.replace(run, budget=Budget())
     if any(key == "train.init_from" and text.lower() != "none" for key, text in pairs):
-        run = dataclasses.replace(run, model=Model())
+        kept = dataclasses.replace(run.train, **dict.fromkeys(FOR_NEW_WEIGHTS))
+        run = dataclasses.replace(run, model=Model(), train=kept)
     for key, text in pairs:
         run = _assign(run, key, text)
     return run

@@ -22,7 +22,8 @@ from tuppence.plan.shapes import ASPECT, windows
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
-FREE = ("dropout", "backprop_depth", "exportable")  # how to train: no weight depends on them
+# how to train: no weight depends on them
+FREE = ("dropout", "backprop_depth", "exportable", "mean_recurrence")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Origin:
 def read(where: str) -> Origin:
     """The weights in a folder. Raises UserError where there are none, Fault where damaged."""
     folder = Path(where)
+    if not where:
+        raise UserError("train.init_from is empty; name a folder of weights, or leave it out")
     if (folder / "import.json").exists():
         return _of_import(folder / "import.json")
     if (folder / "run.json").exists():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import textwrap
 import time
 from argparse import Namespace
@@ -224,8 +225,8 @@ def _set_loop(model: Any, args: Namespace) -> None:
         raise UserError(f"--exit-kl {args.exit_kl:g}: a model with mixture of depths does not stop")
     if args.exit_kl is None and args.exit_whole:
         raise UserError("--exit-whole: say --exit-kl too, when outputs agree")
-    if args.exit_kl is not None and args.exit_kl < 0:
-        raise UserError(f"--exit-kl {args.exit_kl:g}: not below zero")
+    if args.exit_kl is not None and not 0 <= args.exit_kl < math.inf:
+        raise UserError(f"--exit-kl {args.exit_kl:g}: a number of nats, not below zero")
     if args.recurrence is not None and args.recurrence < 1:
         raise UserError(f"--recurrence {args.recurrence}: at least 1")
     model.recurrence = args.recurrence or model.recurrence

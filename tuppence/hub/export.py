@@ -45,14 +45,17 @@ def export(run: RunFolder, *, which: str, out: Path | None) -> Exported:
     UserError for a model that transformers has no architecture for, or an `out` that is not empty.
     """
     plan, chosen = run.plan(), checkpoint.choose(run, which)
-    final = run.path / "export" / "hf" if out is None else out
+    final = run.path / "export" / "hf" if out is None else out.resolve()
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a folder that is new or empty")
     checkpoint.verify(chosen)
     made = formats.outside(plan.model, load_file(chosen / "model.safetensors"))
     aside = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {final}: cannot write there ({error.strerror})") from None
     try:
         _write(aside, run, plan, chosen, made)
         shutil.rmtree(final, ignore_errors=True)

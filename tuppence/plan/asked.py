@@ -176,13 +176,9 @@ def optimizer_of(run: Run) -> str:
     return run.train.optimizer or ("adamw" if laid_out(run.model).family == "gpt2" else "muon")
 
 
-def batch_sequences(asked: int | None, data: DataPlan, model: ModelPlan) -> int:
-    """Sequences of the global batch, 16 unless it is said how many tokens.
-
-    Raises UserError where it does not divide or fill.
-    """
+def batch_sequences(batch_tokens: int, data: DataPlan, model: ModelPlan) -> int:
+    """Sequences of the global batch. Raises UserError where it does not divide or fill."""
     length = model.sequence_len
-    batch_tokens = 16 * length if asked is None else asked
     check_batch(batch_tokens, length)
     check_corpus(data, length=length, batch_tokens=batch_tokens)
     return batch_tokens // length
@@ -266,6 +262,11 @@ def check_rates(run: Run) -> None:
             raise UserError(f"train.{key}={value:g}: not below 0")
     if train.grad_clip is not None and train.grad_clip < 0:
         raise UserError(f"train.grad_clip={train.grad_clip:g}: not below 0")
+    if train.momentum is not None and optimizer_of(run) != "muon":
+        raise UserError(
+            f"train.momentum={train.momentum:g}: it is Muon's; AdamW has train.beta1, "
+            f"or leave it out"
+        )
     for key in ("beta1", "beta2", "momentum"):
         value = getattr(train, key)
         if value is not None and not 0 <= value < 1:
@@ -283,7 +284,8 @@ def solve_optimizer(run: Run, model: ModelPlan, recipe: Recipe) -> OptimizerPlan
     beta1 = train.beta1 if train.beta1 is not None else (0.8 if muon else 0.9)
     beta2 = train.beta2 if train.beta2 is not None else 0.95
     momentum = 0.95 if train.momentum is None else train.momentum
-    tied_rate = recipe.head_rate if model.tied_head else recipe.embedding_rate
+    tied = model.tied_head and train.embedding_rate is None
+    embedding_rate = recipe.head_rate if tied else recipe.embedding_rate
     decay = recipe.weight_decay if model.family == "gpt2" and not muon else 0.0
 
     def adamw(rate: float, decay: float) -> GroupPlan:
@@ -293,7 +295,7 @@ def solve_optimizer(run: Run, model: ModelPlan, recipe: Recipe) -> OptimizerPlan
         "matrix": GroupPlan("muon", recipe.learning_rate, recipe.weight_decay, momentum, 0.0)
         if muon
         else adamw(recipe.learning_rate, recipe.weight_decay),
-        "embedding": adamw(tied_rate, decay),
+        "embedding": adamw(embedding_rate, decay),
         "head": adamw(recipe.head_rate, decay),
         "norm": adamw(recipe.scalar_rate, 0.0),
         "scalar": adamw(recipe.scalar_rate, 0.0),

@@ -38,7 +38,8 @@ def _rates(plan: OptimizerPlan) -> str:
     """Peak rates by who moves what."""
     groups = plan.groups
     beside = ", ".join(f"{groups[kind].learning_rate:.3g} {kind}" for kind in ("embedding", "head"))
-    adam = f" (adamw beside it: {beside})" if plan.name == "muon" else ""
+    apart = len({group.learning_rate for group in groups.values()}) > 1
+    adam = f" (adamw beside it: {beside})" if apart else ""
     return f"{plan.name} {plan.learning_rate:.3g}{adam}, weight decay {plan.weight_decay:.3g}"
 
 

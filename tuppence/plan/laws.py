@@ -4,7 +4,8 @@
     batch  = 2^19 (tokens / tokens of depth 12)^0.383, the nearest power of two
     rate   = rate of depth 12 x sqrt(batch / 2^19), x (width / 768)^-0.5 for the Adam groups;
              Muon's in batches below 2^19 x (batch / 2^19)^(1/8)
-    decay  = decay of depth 12 x (batch / 2^19) (rate of depth 12 / rate) (its tokens / tokens)
+    decay  = decay of depth 12 x (batch / 2^19) (rate of depth 12 / rate) (its tokens / tokens),
+             at most a tenth of a weight a step
 
 Sources: the horizon ratio and the references at depth 12 are nanochat's measured ones (dev/LOG.md,
 January 2026: 10.5 tokens for each matrix and head weight, with Muon); 20 for AdamW, Hoffmann et
@@ -89,7 +90,11 @@ def recipe(
 
 
 def overridden(recipe: Recipe, train: Train) -> Recipe:
-    """The laws' rates and decay where the person did not say others."""
+    """The laws' rates and decay where the person did not say others.
+
+    Where one rate is everything's, or the weights are trained already and the laws' rates are not
+    meant for them, the others keep their proportion to the one that is said.
+    """
     said: dict[str, Any] = {
         "learning_rate": train.learning_rate,
         "embedding_rate": train.embedding_rate,
@@ -97,9 +102,10 @@ def overridden(recipe: Recipe, train: Train) -> Recipe:
         "scalar_rate": train.scalar_rate,
         "weight_decay": train.weight_decay,
     }
-    if recipe.one_rate and train.learning_rate is not None:
+    if train.learning_rate is not None and (recipe.one_rate or train.init_from is not None):
         for key in ("embedding_rate", "head_rate", "scalar_rate"):
-            said[key] = train.learning_rate if said[key] is None else said[key]
+            beside = getattr(recipe, key) / recipe.learning_rate * train.learning_rate
+            said[key] = beside if said[key] is None else said[key]
     return replace(recipe, **{key: value for key, value in said.items() if value is not None})
 
 

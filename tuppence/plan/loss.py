@@ -272,14 +272,19 @@ FITS: tuple[Fit, ...] = (
     Fit(
         source="shakespeare",
         tokenizer="char",
-        recipe=("gpt2", 4, 4, 192, 128, 0.0, 2048, 3e-3, 0.5, "cosine", 0.1),
-        floor=1.2596,
-        scale=3002,
-        alpha=0.600,
-        min_tokens=614_400,
-        max_tokens=7_168_000,
-        spread=0.020,  # residuals 0.006, seeds 0.003; runs on the clock were 0.001 and 0.011 off
-        points=5,
+        recipe=(
+            ("depth", 4, 3, 192, 256),
+            (3, True, False, False, 0.0),
+            ("muon", 0.01, 0.0375, 0.001, 0.1, 2048),
+            ("wsd", 0.02, 0.5, 0.0),
+        ),
+        floor=1.3714,
+        scale=129_530,
+        alpha=0.950,
+        min_tokens=512_000,
+        max_tokens=4_096_000,
+        spread=0.020,  # residuals 0.005, seeds 0.003; what runs on the clock were off by before
+        points=4,
     ),
 )
 

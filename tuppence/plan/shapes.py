@@ -75,7 +75,8 @@ def laid_out(model: Model) -> Model:
     width = model.n_embd if depth is None or model.n_embd is not None else ASPECT * depth
     heads = model.n_head
     if heads is None and width is not None:
-        heads = max(1, width // (64 if family == "gpt2" or width % 128 else 128))
+        wanted = max(1, width // (64 if family == "gpt2" or width % 128 else 128))
+        heads = nearest_divisor(width, wanted) if width > 0 else 1
     if family == "depth":
         model = _parts(model)
     if family == "looped" and model.exportable:
@@ -168,6 +169,12 @@ def check_heads(model: Model) -> None:
             f"model.n_head={heads} does not divide model.n_embd={width}; the nearest that fit: "
             f"model.n_embd={nearest_width}, or model.n_head={nearest_heads}"
         )
+    if model.family != "gpt2" and width // heads % 2:
+        raise UserError(
+            f"model.n_embd={width} and model.n_head={heads} make heads of {width // heads}: rotary "
+            f"positions turn pairs of channels; the nearest that fits is "
+            f"model.n_embd={(width // heads + 1) * heads}"
+        )
     if model.family == "gpt2" and kv_heads not in (None, heads):
         raise UserError(f"model.n_kv_head={kv_heads}: gpt2 has as many as n_head={heads}")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
@@ -201,6 +208,11 @@ def _gpt2(model: Model, vocab_size: int) -> Shape:
 
 
 def _depth(model: Model, vocab_size: int) -> Shape:
+    if model.value_embeddings and number(model, "n_embd") < cost.GATE_CHANNELS:
+        raise UserError(
+            f"model.n_embd={model.n_embd}: value embeddings are gated by {cost.GATE_CHANNELS} "
+            f"channels; at least that many, or model.value_embeddings=off"
+        )
     return cost.depth(
         n_layer=number(model, "n_layer"),
         n_head=number(model, "n_head"),

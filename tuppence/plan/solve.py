@@ -68,8 +68,8 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     budget = check_budget(run.budget)
     model = solve_model(run, data)
     shape = shape_of(run.model, data.vocab_size)
-    tokens = _likely_tokens(run, budget, model, calibration)
-    step = _solve_step(run, budget, data, model, shape, tokens, calibration)
+    batch, tokens = _likely(run, budget, model, shape, calibration)
+    step = _solve_step(run, budget, data, model, batch, calibration)
     timing = choose_timing(run, model, step.micro_batch, step.workers, calibration)
     peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration)
     _check_memory(step, peak_gib, calibration)
@@ -114,19 +114,28 @@ def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
     )
 
 
-def _likely_tokens(run: Run, budget: Budget, model: ModelPlan, calibration: Calibration) -> float:
-    """About how many tokens the run will see: what batch and rates follow from.
+def _likely(
+    run: Run, budget: Budget, model: ModelPlan, shape: Shape, calibration: Calibration
+) -> tuple[int, float]:
+    """Tokens of a step, and about how many the run will see: what rates and decay follow from.
 
-    Counted by the matmul ceiling alone, so that a machine's moods do not change the recipe.
+    Time is counted by the matmul ceiling alone, so that a machine's moods do not change the recipe.
+    With a budget in steps either follows from the other, and they are found in turn.
     """
     price = run.machine.usd_per_hour or ASSUMED_USD_PER_HOUR
     flops = ROOFLINE_SHARE * max(calibration.matmul_tflops.values()) * 1e12
-    tokens = limit_seconds(budget, price) * flops / model.flops_per_token
-    if budget.tokens is not None:
-        tokens = min(tokens, budget.tokens)
-    if budget.steps is not None:
-        tokens = min(tokens, budget.steps * (run.train.batch_tokens or 16 * model.sequence_len))
-    return tokens
+    most = limit_seconds(budget, price) * flops / model.flops_per_token
+    most = min(most, math.inf if budget.tokens is None else budget.tokens)
+
+    def seen(batch: int) -> float:
+        return min(most, math.inf if budget.steps is None else budget.steps * batch)
+
+    asked = run.train.batch_tokens
+    batch = 16 * model.sequence_len if asked is None else asked
+    if asked is None and model.family != "gpt2":
+        for _ in range(8):
+            batch = laws.recipe(shape, optimizer_of(run), seen(batch)).batch_tokens
+    return batch, seen(batch)
 
 
 def _solve_step(
@@ -134,13 +143,9 @@ def _solve_step(
     budget: Budget,
     data: DataPlan,
     model: ModelPlan,
-    shape: Shape,
-    tokens: float,
+    batch: int,
     calibration: Calibration,
 ) -> StepPlan:
-    batch = run.train.batch_tokens
-    if batch is None and model.family != "gpt2":
-        batch = laws.recipe(shape, optimizer_of(run), tokens).batch_tokens
     sequences = batch_sequences(batch, data, model)
     if run.train.micro_batch is not None:
         micro = check_micro_batch(run.train.micro_batch, sequences, model.sequence_len)
@@ -264,7 +269,8 @@ def _check_memory(step: StepPlan, peak_gib: float, calibration: Calibration) -> 
     if peak_gib > calibration.memory_gib:
         raise DoesNotFit(
             f"train.micro_batch={step.micro_batch} needs {peak_gib:.1f} GiB, this machine has "
-            f"{calibration.memory_gib:.1f}; lower train.micro_batch or the model"
+            f"{calibration.memory_gib:.1f}; lower "
+            f"{'train.micro_batch or ' if step.micro_batch > 1 else ''}the model"
         )
 
 

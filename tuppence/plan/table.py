@@ -216,7 +216,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def _rates(optimizer: str, recipe: Any) -> str:
-    adam = f", {recipe.embedding_rate:.3g} for embeddings" if optimizer == "muon" else ""
+    adam = "" if recipe.one_rate else f", {recipe.embedding_rate:.3g} for embeddings"
     return (
         f"{optimizer}, learning rate {recipe.learning_rate:.3g}{adam}, "
         f"weight decay {recipe.weight_decay:.3g}"

@@ -74,6 +74,7 @@ def work_of(
         batch = _filling(min(recipe.batch_tokens, most), shape.sequence_len, at_once)
     check_batch(batch, shape.sequence_len)
     check_corpus(data, length=shape.sequence_len, batch_tokens=batch)
+    tokens = min(tokens, fixed_tokens(run, batch))
     recipe = laws.recipe(shape, optimizer, tokens, batch_tokens=batch)
     return Work(
         shape=shape,
