@@ -344,7 +344,7 @@ def _own_end_bytes(shape: Shape, wide: float) -> float:
 
 
 def _own_head_bytes(shape: Shape, tokens: int, wide: float, chunk: int) -> float:
-    """Of model/layers.py's loss: of a chunk of logits the capped ones and their tangents in fp32,
+    """Of model/layers.py's loss: of a chunk of logits the sigmoids and exponentials in fp32,
     and what is multiplied; and the head's whole gradient."""
     logits = min(tokens * shape.vocab_size, chunk)
     return logits * (8 + (wide if wide < 4 else 0)) + 4 * shape.vocab_size * shape.n_embd

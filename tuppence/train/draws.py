@@ -34,10 +34,9 @@ def recurrence_of(plan: Plan, step: int) -> int | None:
 
 def work_of(plan: Plan) -> Callable[[int], float]:
     """How much each step has to do beside a usual one."""
+    if plan.model.loop is None:
+        return lambda step: 1.0
     usual = expected_flops(plan.model)
-
-    def work(step: int) -> float:
-        r = recurrence_of(plan, step)
-        return 1.0 if r is None else planned_shape(plan.model, recurrence=r).flops_per_token / usual
-
-    return work
+    drawn = range(1, plan.model.loop.max_recurrence + 1)
+    of = {r: planned_shape(plan.model, recurrence=r).flops_per_token / usual for r in drawn}
+    return lambda step: of[recurrence_of(plan, step) or 1]
