@@ -59,7 +59,7 @@ ARMS = MAIN | SECOND | ABLATIONS
 SEEDS, ABLATION_SEEDS = 5, 2
 TUNED = ("depth adamw", "gpt2")
 TUNE_SEED = 1000  # that no result has
-RATES, MOST_RATES = (1e-3, 2e-3, 4e-3), 6  # doubled or halved further while the best is at an edge
+RATES, MOST_RATES = (2.5e-4, 5e-4, 1e-3), 9  # and further while the best is at an edge
 
 
 # ---------------------------------------------------------------- the experiment
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--tune", action="store_true", help="walk AdamW's grids of learning rates")
-    parser.add_argument("--tune-share", type=int, default=4, help="a grid's run: 1/4 of the tokens")
+    parser.add_argument("--tune-share", type=int, default=2, help="a grid's run: half the tokens")
     parser.add_argument("--report", action="store_true", help="print the table of what is there")
     parser.add_argument("--speed", action="store_true", help="tokens/s of both sides in turn")
     parser.add_argument("--rounds", type=int, default=5, help="of --speed")

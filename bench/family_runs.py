@@ -19,7 +19,7 @@ from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
 from tuppence.data.tokenizer import load_tokenizer
 from tuppence.model import build
-from tuppence.pipeline import code_sha256
+from tuppence.host import code_sha256
 from tuppence.train.optim import optimizers_of
 from tuppence.train.schedule import factor
 from tuppence.train.step import micro_batches, train_step

@@ -17,7 +17,7 @@ from families import SMALL, built, model_plan
 from safetensors.torch import save_file
 from small_runs import DEPTH, GPT2, LOOPED, WORDS, best_model, finished, text_ids
 
-from tuppence import cli, config, host, origin, pipeline
+from tuppence import cli, config, host, origin, pipeline, spending
 from tuppence.config import DataPlan, InitPlan, Model, Plan, Run, Train
 from tuppence.data.loader import Loader
 from tuppence.data.prepare import prepare
@@ -79,7 +79,7 @@ def tuppence(
     monkeypatch.setattr(pipeline, "device_of", lambda run: "cpu")
     known = [calibration, None]
     solved = pipeline._solved
-    monkeypatch.setattr(pipeline, "solved", lambda run, data, **_: solved(run, data, *known))
+    monkeypatch.setattr(spending, "solved", lambda run, data, **_: solved(run, data, *known))
 
     def tuppence(*words: str) -> tuple[int, dict[str, Any], str]:
         code = cli.main([*words, "--json", "--data", str(shards.parent)])
@@ -161,7 +161,7 @@ def test_a_run_goes_on_without_the_weights_it_started_from(runs: Runs, tuppence:
 def test_weights_that_changed_since_the_plan(runs: Runs, tuppence: Command) -> None:
     shutil.copytree(runs().path, "source")
     plan = best_model(runs())
-    path = origin.weights_of("source")
+    path = origin.weights_of("source") / "model.safetensors"
     init = origin.pinned("source")
     load_into(plan, init)
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")

@@ -15,9 +15,9 @@ LAYERS = {
     0: ["tuppence", "errors", "config", "host", "live", "plot", "files", "assets"],
     1: ["plan", "data", "folder", "ledger", "origin"],
     2: ["model", "recipes"],
-    3: ["checkpoint", "evals", "workers", "hub"],
+    3: ["checkpoint", "bucket", "evals", "workers", "ranks", "hub"],
     4: ["train", "report"],
-    5: ["pipeline", "planning", "verbs", "cli", "__main__"],
+    5: ["pipeline", "spending", "planning", "drill", "verbs", "cli", "__main__"],
 }
 LAYER = {part: layer for layer, parts in LAYERS.items() for part in parts}
 APART = [{"plan", "data"}, {"train", "report"}]  # of one layer, and strangers to each other
@@ -26,7 +26,7 @@ HEAVY = {  # what a part must not import, however late
     "data": {"torch", "safetensors"},
     **{
         part: {"torch", "numpy"}
-        for part in ("report", "ledger", "folder", "config", "recipes", "origin")
+        for part in ("report", "ledger", "folder", "config", "recipes", "origin", "bucket")
     },
     "assets": {"tuppence", "numpy"},  # what leaves the package stands alone
 }

@@ -14,8 +14,9 @@ from tuppence.folder import RunFolder
 from tuppence.model import Family
 from tuppence.model.looped import draw_recurrence
 from tuppence.train.draws import sequence_keys
-from tuppence.train.loop import FIRST_STATE
-from tuppence.train.optim import Muon, optimizers_of, orthogonalised
+from tuppence.train.muon import Muon, orthogonalised
+from tuppence.train.optim import optimizers_of
+from tuppence.train.setup import FIRST_STATE
 from tuppence.train.step import StepResult, micro_batches, train_step
 from tuppence.workers import Workers
 

@@ -96,8 +96,8 @@ def test_full_disk_stops_with_one_line_and_goes_on_after(small_disk: Path) -> No
     code, _, _ = finished(tuppence("prepare", *words[1:], cwd=small_disk))
     assert code == 0
     room = os.statvfs(small_disk)
-    with (small_disk / "ballast").open("wb") as ballast:  # leave room for two checkpoints
-        ballast.write(b"\0" * (room.f_bavail * room.f_bsize - 700_000))
+    with (small_disk / "ballast").open("wb") as ballast:  # leave too little for three checkpoints
+        ballast.write(b"\0" * (room.f_bavail * room.f_bsize - 400_000))
     code, _, err = finished(tuppence(*words, cwd=small_disk))
     assert code == 1, err
     line = one_line(err)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tuppence import checkpoint, config
-from tuppence.checkpoint import file_sha256
+from tuppence.checkpoint import Saver, file_sha256
 from tuppence.config import DataPlan, Plan, Run
 from tuppence.data.loader import val_windows
 from tuppence.data.prepare import prepare
@@ -21,7 +21,7 @@ from tuppence.ledger import Meter
 from tuppence.model.gpt2 import GPT2
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
-from tuppence.train import loop
+from tuppence.train import judging, loop
 from tuppence.train.interrupt import Interrupted
 from tuppence.train.loop import train
 from tuppence.train.optim import optimizers_of
@@ -175,14 +175,14 @@ def test_a_stop_inside_an_evaluation_only_puts_it_off(
     plan_of, tmp_path, shards, monkeypatch
 ) -> None:
     straight = spend(plan_of(), tmp_path / "straight", shards)
-    val_loss = loop._val_loss
+    val_loss = judging._val_loss
 
     def stopped(trainer: loop.Trainer, deadline: float):
         if trainer.state.attempt == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return val_loss(trainer, deadline)
 
-    monkeypatch.setattr(loop, "_val_loss", stopped)
+    monkeypatch.setattr(judging, "_val_loss", stopped)
     with pytest.raises(Interrupted, match="saved at step 10"):
         spend(plan_of(), tmp_path / "run", shards)
     assert not RunFolder(tmp_path / "run").latest("evals")
@@ -216,14 +216,14 @@ def test_it_learns_and_keeps_the_best(plan_of, tmp_path, shards) -> None:
 
 
 def test_best_stays_when_later_losses_are_worse(plan_of, tmp_path, shards, monkeypatch) -> None:
-    real, calls = loop._val_loss, []
+    real, calls = judging._val_loss, []
 
     def worse_each_time(trainer: loop.Trainer, deadline: float):
         result = real(trainer, deadline)
         calls.append(trainer.state.step)
         return type(result)(float(len(calls)), None, 1, 1, 0.0)
 
-    monkeypatch.setattr(loop, "_val_loss", worse_each_time)
+    monkeypatch.setattr(judging, "_val_loss", worse_each_time)
     folder = spend(plan_of("budget.steps=60", "train.save_every=5"), tmp_path / "run", shards)
     pointer = checkpoint.pointer(folder, "best")
     assert pointer is not None
@@ -236,17 +236,18 @@ def test_a_kill_between_a_save_and_its_pointers_is_mended(
     plan_of, tmp_path, shards, monkeypatch
 ) -> None:
     straight = spend(plan_of(), tmp_path / "straight", shards)
-    point = checkpoint.point
+    point = Saver.point
 
-    def killed(folder: RunFolder, name: str, pointer: checkpoint.Pointer) -> None:
-        if name == "best" and pointer.step == 10:
+    def killed(saver: Saver, name: str, step: int) -> None:
+        if name == "best" and step == 10:
+            saver.wait()
             raise SystemExit
-        point(folder, name, pointer)
+        point(saver, name, step)
 
-    monkeypatch.setattr(checkpoint, "point", killed)
+    monkeypatch.setattr(Saver, "point", killed)
     with pytest.raises(SystemExit):
         spend(plan_of("train.save_every=100"), tmp_path / "run", shards)
-    monkeypatch.setattr(checkpoint, "point", point)
+    monkeypatch.setattr(Saver, "point", point)
     assert checkpoint.pointer(RunFolder(tmp_path / "run"), "best") is None
     model = GPT2(plan_of().model)
     optimizers = optimizers_of(model, plan_of().optimizer)
@@ -296,7 +297,7 @@ def test_one_nan_leaves_the_weights_alone(plan_of, tmp_path, shards, monkeypatch
     folder = spend(plan, tmp_path / "run", shards)
     rows = folder.latest("metrics")
     assert [row["loss"] is None for row in rows] == [False] * 4 + [True]
-    assert [e["step"] for e in folder.rows("events") if e["code"] == "nonfinite_step"] == [5]
+    assert [e["step"] for e in folder.rows("events") if e["code"] == "step_skipped"] == [5]
     before, after = checkpoint.complete(folder)
     assert (before.name, after.name) == ("step_00000004", "step_00000005")
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -315,8 +316,8 @@ def test_nan_after_nan_stops_the_run_and_loses_nothing(
     assert pointer.step == 10
     checkpoint.verify(folder.checkpoints / pointer.path)
     codes = [event["code"] for event in folder.rows("events")]
-    assert codes.count("nonfinite_step") == 5
-    assert codes[-1] == "nonfinite_stop"
+    assert codes.count("step_skipped") == 5
+    assert codes[-1] == "stopped_by_guard"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(plan_of, tmp_path, shards, monkeypatch) -> None:

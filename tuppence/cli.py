@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tuppence import __version__
+from tuppence import __version__, host
 from tuppence.errors import DoesNotFit, Fault, UserError
 
 PLAN_EXAMPLES = """example: tuppence plan budget.usd=100 data.source=fineweb_edu
@@ -99,9 +99,15 @@ def _disk_message(error: OSError) -> str:
 
 
 def _fail(words: list[str], message: str, code: int) -> int:
-    """One line on stderr; with --json the same as the one document on stdout."""
-    sys.stderr.write(f"tuppence: {message}\n")
-    if "--json" in words:
+    """One line on stderr; with --json the same as the one document on stdout.
+
+    Of many ranks the lead says what is wrong with the input; of faults each says its own.
+    """
+    if not host.rank():
+        sys.stderr.write(f"tuppence: {message}\n")
+    elif code == Fault.exit_code:
+        sys.stderr.write(f"tuppence: rank {host.rank()}: {message}\n")
+    if "--json" in words and not host.rank():
         print(json.dumps({"error": {"exit_code": code, "message": message}}))
     return code
 

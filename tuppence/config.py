@@ -103,7 +103,9 @@ class Train:
     """The optimisation. `*_every` count steps; unset, the plan spaces them by progress and time.
 
     `learning_rate` is the matrices', and everything's in GPT-2 under AdamW; `momentum` is Muon's.
-    `init_from` is a folder of weights to start from (tuppence import).
+    `init_from` is a folder of weights to start from (tuppence import). Of checkpoints the newest
+    `keep_last` stay, and those of every `keep_every`th step. A rank that stands still for
+    `stall_seconds` ends the attempt.
     """
 
     init_from: str | None = None
@@ -133,6 +135,9 @@ class Train:
     eval_every: int | None = None
     eval_tokens: int | None = None
     save_every: int | None = None
+    keep_last: int | None = None
+    keep_every: int | None = None
+    stall_seconds: float | None = None
     sample_prompt: str | None = None
     sample_tokens: int | None = None
 
@@ -229,7 +234,8 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class MachinePlan:
-    """The machine of the run, and what of it will be used and why."""
+    """The machine of the run, and what of it will be used and why. `peak_tflops` and
+    `usd_per_hour` are of all ranks and nodes together; `threads` of one rank."""
 
     device: str
     name: str
@@ -243,6 +249,9 @@ class MachinePlan:
     usd_per_hour: float
     price_source: str
     deterministic: bool
+    nodes: int
+    parallel: str
+    activation_checkpointing: bool
 
 
 @dataclass(frozen=True)
@@ -289,13 +298,15 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: `accumulation` micro-batches of `micro_batch` sequences on `workers`."""
+    """One optimizer step: `accumulation` micro-batches of `micro_batch` sequences, on `ranks`
+    processes with so many `workers` each."""
 
     batch_tokens: int
     batch_sequences: int
     micro_batch: int
     accumulation: int
     workers: int
+    ranks: int
     max_steps: int | None
     seed: int
 
@@ -304,7 +315,8 @@ class StepPlan:
 class CadencePlan:
     """When to evaluate and save. Of each pair one is set: steps, or progress / seconds.
 
-    `finish_seconds` is the allowance for the receipt and the exit, charged in advance.
+    `finish_seconds` is the allowance for the receipt and the exit, charged in advance. Checkpoints
+    fill at most `keep_bytes` of the disk (None: no limit but the disk's own).
     """
 
     eval_every_steps: int | None
@@ -313,6 +325,10 @@ class CadencePlan:
     eval_batch: int
     save_every_steps: int | None
     save_every_seconds: float | None
+    keep_last: int
+    keep_every_steps: int | None
+    keep_bytes: int | None
+    stall_seconds: float
     finish_seconds: float
     sample_prompt: str | None
     sample_tokens: int

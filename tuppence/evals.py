@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tuppence.model.cache import Cache
+from tuppence.ranks import ALONE, Ranks
 from tuppence.workers import Workers
 
 
@@ -38,12 +39,13 @@ def evaluate(
     token_bytes: np.ndarray,
     deadline: float = math.inf,
     tick: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation | None:
     """Mean loss in nats per token over (inputs, targets) windows, targets of -1 not counted.
 
-    Windows come in a fixed pseudo-random order, so that an evaluation which `deadline`
-    (time.monotonic seconds) cuts short is an unbiased sample. `tick` is called between batches.
-    None where not even one batch was affordable.
+    Windows come in a fixed pseudo-random order, so that an evaluation which `deadline` (the lead's
+    time.monotonic seconds) cuts short is an unbiased sample. `ranks` take batches in turn. `tick`
+    is called between batches. None where not even one batch was affordable.
     """
 
     @torch.no_grad()
@@ -58,17 +60,23 @@ def evaluate(
     nats, tokens, text_bytes, longest = 0.0, 0, 0, 0.0
     workers.train(False)
     batches = iter(windows)
-    while group := list(itertools.islice(batches, len(workers))):
+    while group := list(itertools.islice(batches, len(workers) * ranks.world)):
         before = time.monotonic()
-        if before + longest > deadline:
+        if not ranks.agree(before + longest <= deadline):
             break
-        for total, predicted in workers.map(score, [_tensors(b, workers.device) for b in group]):
+        mine = group[ranks.rank :: ranks.world]
+        # a rank that none is left for computes one all the same: others may need its weights
+        scored = workers.map(score, [_tensors(b, workers.device) for b in mine or group[:1]])
+        for total, predicted in scored[: len(mine)]:
             nats += total
             tokens += predicted.size
             text_bytes += int(token_bytes[predicted].sum())
         longest = max(longest, time.monotonic() - before)
         tick()
     workers.train()
+    if ranks.world > 1:
+        nats, *counts = ranks.sum(nats, tokens, text_bytes)
+        tokens, text_bytes = map(round, counts)
     if not tokens:
         return None
     bpb = nats / math.log(2) / text_bytes if text_bytes else None
@@ -89,13 +97,15 @@ def generate(
     vocab_size: int | None = None,
     deadline: float = math.inf,
     cached: bool = True,
+    ranks: Ranks = ALONE,
 ) -> list[int]:
     """Continue a prompt token by token. Temperature 0 is greedy.
 
     Ends early at the token `stop` or at the deadline. `vocab_size` keeps padded vocabulary out.
     Keys and values are cached; where the context is full, the model starts over on the window that
     `window_start` gives. Without `cached` the whole window is computed for each token: the naive
-    generator that faster ones are tested against.
+    generator that faster ones are tested against. Where a model is spread over `ranks`, all of
+    them generate the same, and the lead's clock ends it.
     """
     assert prompt, "a prompt has at least one token"
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +113,7 @@ def generate(
     workers.train(False)
     cache, begun = Cache(context), 0
     for _ in range(new_tokens):
-        if time.monotonic() > deadline:
+        if not ranks.agree(time.monotonic() <= deadline):
             break
         start = window_start(len(ids), context)
         if start != begun:

@@ -11,6 +11,7 @@ is no line: readers pass over it and the next attempt cuts it off.
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,11 @@ LINES = ("ledger", "metrics", "evals", "events", "samples")
 class RunFolder:
     """Paths and file habits of one run; holds no state but open line files."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """Of many ranks one `writes`; what the others append and beat goes nowhere."""
+        self.path, self.writes = path, writes
         self._open: dict[str, BinaryIO] = {}
+        self._lock = threading.Lock()  # checkpoints are saved, and say so, in a thread
 
     @property
     def checkpoints(self) -> Path:
@@ -75,14 +78,18 @@ class RunFolder:
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Append one line to ledger, metrics, evals, events or samples."""
         assert name in LINES, name
-        if name not in self._open:
-            self._open[name] = _open_for_append(self.file(f"{name}.jsonl"))
-        line, handle = json.dumps(row, allow_nan=False).encode() + b"\n", self._open[name]
-        # one write of one whole line: a kill leaves it complete, absent or torn at the very end
-        written = handle.write(line)
-        if written != len(line):
-            handle.truncate(handle.seek(0, os.SEEK_END) - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file(name)))
+        if not self.writes:
+            return
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = _open_for_append(self.file(f"{name}.jsonl"))
+            handle = self._open[name]
+            # one write of one whole line: a kill leaves it complete, absent or torn at the very end
+            written = handle.write(line)
+            if written != len(line):
+                handle.truncate(handle.seek(0, os.SEEK_END) - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file(name)))
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """The complete lines of a file, oldest first."""
@@ -101,7 +108,7 @@ class RunFolder:
         """The row that counts of each step, in the order of steps.
 
         A resumed run repeats some steps, and what an earlier attempt did beyond the checkpoint it
-        was resumed from never happened.
+        was resumed from never happened; nor did what an attempt did before it went back.
         """
         from_step = {
             event["attempt"]: event["step"]
@@ -112,23 +119,33 @@ class RunFolder:
         for row in self.rows(name):
             later = [at for attempt, at in from_step.items() if attempt > row["attempt"]]
             if row["step"] <= min(later, default=row["step"]):
+                if counts and row["step"] <= next(reversed(counts)):
+                    counts = {step: kept for step, kept in counts.items() if step < row["step"]}
                 counts[row["step"]] = row
         return [counts[step] for step in sorted(counts)]
 
     def write_beat(self, row: dict[str, Any]) -> None:
         """Replace heartbeat.json; not flushed, since it guards against kills, not power cuts."""
+        if not self.writes:
+            return
         aside = self.file(".heartbeat")
         aside.write_text(json.dumps(row))
         os.replace(aside, self.file("heartbeat.json"))
+
+    def forget_beat(self) -> None:
+        """Nothing is charged from here on."""
+        if self.writes:
+            self.file("heartbeat.json").unlink(missing_ok=True)
 
     def event(self, code: str, message: str, **details: Any) -> None:
         """Record something that happened, with a stable code."""
         self.append("events", {"time": time.time(), "code": code, "message": message, **details})
 
     def close(self) -> None:
-        for handle in self._open.values():
-            handle.close()
-        self._open.clear()
+        with self._lock:
+            for handle in self._open.values():
+                handle.close()
+            self._open.clear()
 
 
 def load(kind: type[T], path: Path) -> T:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import hashlib
 import os
 import platform
 import re
@@ -104,3 +105,32 @@ def settle_threads(threads: int) -> dict[str, str]:
     for key, value in chosen.items():
         os.environ.setdefault(key, value)
     return {key: os.environ[key] for key in chosen}
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started together; 0 where it did not."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started together, on all nodes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """How many of the processes are on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def code_sha256() -> str:
+    """sha256 over the package's own source files, names and contents."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -95,7 +95,7 @@ class Meter:
         """Stop charging; `allowance` seconds are charged in advance for what remains, as save."""
         self.switch("save")
         self._append(self.now() + allowance)
-        self.folder.file("heartbeat.json").unlink(missing_ok=True)
+        self.folder.forget_beat()
 
     def _append(self, end: float) -> None:
         if end > self._since:
@@ -119,7 +119,7 @@ def _close_abandoned(folder: RunFolder) -> None:
         open_row = folder.read_json("heartbeat.json")
     except Fault:  # a power cut can empty it; what it said cannot be known any more
         folder.event("heartbeat_damaged", "the last attempt's open interval is not charged")
-        folder.file("heartbeat.json").unlink()
+        folder.forget_beat()
         return
     if open_row is None:
         return
@@ -127,7 +127,7 @@ def _close_abandoned(folder: RunFolder) -> None:
     charged = {(row["attempt"], row["start"]) for row in folder.rows("ledger")}
     if (open_row["attempt"], open_row["start"]) not in charged:
         folder.append("ledger", open_row)
-    folder.file("heartbeat.json").unlink()
+    folder.forget_beat()
 
 
 def spent(folder: RunFolder) -> Spent:

@@ -32,15 +32,15 @@ def printable(text: str) -> str:
 class Live:
     """Progress on stderr; on a terminal in place, elsewhere a line every ten seconds."""
 
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent, self.terminal = silent, sys.stderr.isatty()
         self._shown = 0.0 if self.terminal else time.monotonic()
         self._width = 0
 
     def show(self, text: str) -> None:
         """Renew the line, if it is time."""
         now = time.monotonic()
-        if now - self._shown < (LIVE_SECONDS if self.terminal else PLAIN_SECONDS):
+        if self.silent or now - self._shown < (LIVE_SECONDS if self.terminal else PLAIN_SECONDS):
             return
         self._shown = now
         if not self.terminal:
@@ -53,6 +53,8 @@ class Live:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self.silent:
+            return
         self.clear()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

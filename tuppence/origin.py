@@ -60,10 +60,10 @@ def read(where: str) -> Origin:
 
 
 def weights_of(where: str) -> Path:
-    """The file that the weights in a folder are in."""
+    """The file of an import's weights, or the checkpoint of a run's best ones."""
     if (Path(where) / "import.json").exists():
         return Path(where) / WEIGHTS
-    return RunFolder(Path(where)).checkpoints / _best(RunFolder(Path(where)))["path"] / WEIGHTS
+    return RunFolder(Path(where)).checkpoints / _best(RunFolder(Path(where)))["path"]
 
 
 def started(run: Run, begun: Run | None = None) -> Run:

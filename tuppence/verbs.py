@@ -9,16 +9,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tuppence import config, host, planning, recipes, report
+from tuppence import bucket, config, host, planning, recipes, report
 from tuppence.config import Plan
 from tuppence.errors import UserError
-from tuppence.folder import RunFolder, find
+from tuppence.folder import RunFolder
 from tuppence.ledger import spent
 from tuppence.live import printable
-from tuppence.pipeline import asked, prepared, refuse_warnings, say, spend
+from tuppence.pipeline import (
+    asked,
+    prepared,
+    refuse_warnings,
+    run_of,
+    say,
+)
 from tuppence.plan import hardware
 from tuppence.plan.prices import price_book
 from tuppence.plan.table import book_text, guide_text
+from tuppence.spending import spend
 
 Document = dict[str, Any]
 
@@ -100,7 +107,7 @@ def train(args: Namespace) -> Document:
 
 def run(args: Namespace) -> Document:
     """The main job: plan, prepare, train, evaluate, sample, receipt."""
-    folder, done = spend(args)
+    folder, done = spend(args, finish=report.write)
     if done:
         say(f"{folder.path} is finished; this is its receipt (--fresh starts over)")
     return _told(args, folder)
@@ -108,8 +115,7 @@ def run(args: Namespace) -> Document:
 
 def receipt(args: Namespace) -> Document:
     """Render the receipt of a run folder; reads nothing else."""
-    folder = find(args.run, Path(args.runs))
-    return _told(args, folder)
+    return _told(args, run_of(args))
 
 
 def _told(args: Namespace, folder: RunFolder) -> Document:
@@ -117,7 +123,10 @@ def _told(args: Namespace, folder: RunFolder) -> Document:
     told = report.write(folder)
     if not args.json:
         print(report.as_text(told))
-        print(f'more      {folder.file("receipt.html")}; tuppence sample {told["name"]} "a prompt"')
+        name = told["name"]
+        if bucket.is_url(args.runs):
+            name = f"{args.runs.rstrip('/')}/{name}"
+        print(f'more      {folder.file("receipt.html")}; tuppence sample {name} "a prompt"')
     return told
 
 
@@ -188,7 +197,7 @@ def sample(args: Namespace) -> Document:
 
 def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
     """A run's folder, its plan, its model with a checkpoint's weights, and its tokenizer."""
-    folder = find(args.run, Path(args.runs))
+    folder = run_of(args, args.checkpoint)
     found = folder.plan()
     host.settle_threads(host.usable_cores())
     from tuppence import checkpoint
@@ -240,7 +249,7 @@ def export(args: Namespace) -> Document:
     """A run's weights for transformers, and what reads its format."""
     from tuppence.hub.export import export as write
 
-    folder = find(args.run, Path(args.runs))
+    folder = run_of(args, args.checkpoint)
     made = write(folder, which=args.checkpoint, out=Path(args.out) if args.out else None)
     if not args.json:
         code = ", trust_remote_code=True" if made.code else ""
@@ -281,16 +290,24 @@ def list_recipes(args: Namespace) -> Document:
     return {name: config.asked(recipe()) for name, recipe in known.items()}
 
 
+def _folders(args: Namespace) -> list[RunFolder]:
+    """The runs of the runs folder, newest last; of a bucket by name, without their weights."""
+    if bucket.is_url(args.runs):
+        root = args.runs.rstrip("/")
+        return [bucket.fetched(f"{root}/{name}", None) for name in bucket.names(root)]
+    found = Path(args.runs).glob("*/run.json")
+    return [RunFolder(p.parent) for p in sorted(found, key=lambda p: p.stat().st_mtime)]
+
+
 def list_runs(args: Namespace) -> Document:
     """The runs of the runs folder, newest last."""
     rows = []
-    for path in sorted(Path(args.runs).glob("*/run.json"), key=lambda p: p.stat().st_mtime):
-        folder = RunFolder(path.parent)
+    for folder in _folders(args):
         last = folder.latest("evals")[-1:]
         ended = any(e["code"] == "end" for e in folder.rows("events"))
         rows.append(
             {
-                "name": path.parent.name,
+                "name": folder.path.name,
                 "finished": ended,
                 "usd": spent(folder).usd,
                 "val_loss": last[0]["loss"] if last else None,

@@ -13,7 +13,7 @@ On a GPU there is one worker.
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -54,7 +54,11 @@ class Workers:
             return [work(self._models[worker], item) for item in items[worker::count]]
 
         others = [self._pool.submit(share, i) for i in range(1, count)] if self._pool else []
-        shares = [share(0), *(other.result() for other in others)]
+        try:
+            first = share(0)
+        finally:
+            wait(others)  # an error of this one's leaves none of them at work
+        shares = [first, *(other.result() for other in others)]
         return [shares[i % count][i // count] for i in range(len(items))]
 
     def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

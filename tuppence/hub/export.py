@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tuppence import checkpoint
 from tuppence.config import Plan
@@ -49,7 +49,7 @@ def export(run: RunFolder, *, which: str, out: Path | None) -> Exported:
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a folder that is new or empty")
     checkpoint.verify(chosen)
-    made = formats.outside(plan.model, load_file(chosen / "model.safetensors"))
+    made = formats.outside(plan.model, checkpoint.consolidated(chosen))
     aside = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tuppence import config, origin
+from tuppence import checkpoint, config, origin
 from tuppence.config import DataPlan, InitPlan, Model, ModelPlan, Run
 from tuppence.data.tokenizer import load_tokenizer
 from tuppence.errors import Fault, UserError
@@ -157,18 +157,31 @@ def load_into(model: Family, init: InitPlan) -> None:
     not those that were planned.
     """
     path = origin.weights_of(init.path)
-    if not path.exists() or file_sha256(path) != init.sha256:
+    if _sha256(path) != init.sha256:
         raise Fault(
             f"{path} is missing or has changed since the run was planned; restore it, or start "
             f"over with --fresh"
         )
-    tensors = load_file(path)
+    tensors = checkpoint.consolidated(path) if path.is_dir() else load_file(path)
     parameters = dict(model.named_parameters())
     if "lm_head.weight" in parameters and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["wte.weight"]
     assert tensors.keys() == parameters.keys(), sorted(tensors.keys() ^ parameters.keys())
     for name, parameter in parameters.items():
         parameter.copy_(_fitted(name, tensors[name], parameter))
+
+
+def _sha256(path: Path) -> str | None:
+    """Of an import's weights or a checkpoint's; None where they are not there, or damaged."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        return file_sha256(path)
+    try:
+        checkpoint.verify(path)
+    except Fault:
+        return None
+    return checkpoint.weights_sha256(path)
 
 
 def _fitted(name: str, tensor: Tensor, like: Tensor) -> Tensor:

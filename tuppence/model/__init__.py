@@ -7,6 +7,7 @@
     init_weights(seed)             every parameter, a function of the seed alone
     parameter_groups()             every parameter once: matrix, embedding, head, norm, scalar
     packed_rows()                  the matrices that are several below one another
+    blocks()                       the modules that are gathered or recomputed one by one
 """
 
 import torch

@@ -182,6 +182,10 @@ class Depth(nn.Module):
             small += [self.stream_scale, self.embedding_scale]
         return groups | ({"scalar": small} if small else {})
 
+    def blocks(self) -> list[nn.Module]:
+        """What is gathered, recomputed or compiled one by one."""
+        return [*self.h]
+
     def packed_rows(self) -> dict[nn.Parameter, tuple[int, ...]]:
         """The matrices that are several below one another, and the rows of each."""
         heads = (self.plan.n_head, self.plan.n_kv_head, self.plan.n_kv_head)

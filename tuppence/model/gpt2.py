@@ -22,6 +22,8 @@ from tuppence.model.cache import Cache
 from tuppence.model.layers import attend, causal_mask, cross_entropy, embedding, matmul_attention
 from tuppence.model.replay import Draws, Dropout
 
+BLOCK_SITES = 3  # of dropout: attention weights, its output, the MLP's
+
 
 class Attention(nn.Module):
     """Causal self-attention with packed query, key and value."""
@@ -84,6 +86,7 @@ class Block(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
+        dropout = dropout.at(1 + BLOCK_SITES * layer)
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TS, dropout, cache, layer)
         x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
         return x_BTD
@@ -125,6 +128,10 @@ class GPT2(nn.Module):
             "norm": [p for p in self.parameters() if p.dim() < 2],
         }
         return groups if self.plan.tied_head else groups | {"head": [*self.lm_head.parameters()]}
+
+    def blocks(self) -> list[nn.Module]:
+        """What is gathered, recomputed or compiled one by one."""
+        return [*self.h]
 
     def packed_rows(self) -> dict[nn.Parameter, tuple[int, ...]]:
         """The matrices that are several below one another, and the rows of each."""

@@ -152,10 +152,13 @@ class Looped(nn.Module):
             "scalar": scalar,
         }
 
+    def blocks(self) -> list[nn.Module]:
+        """What is gathered, recomputed or compiled one by one."""
+        return [*self.prelude, *self.core, *self.coda]
+
     def packed_rows(self) -> dict[nn.Parameter, tuple[int, ...]]:
         """The matrices that are several below one another, and the rows of each."""
-        blocks = (*self.prelude, *self.core, *self.coda)
-        return {block.attn.c_attn.weight: (self.plan.n_embd,) * 3 for block in blocks}
+        return {block.attn.c_attn.weight: (self.plan.n_embd,) * 3 for block in self.blocks()}  # type: ignore[union-attr, misc]
 
     def forward(
         self,

@@ -29,6 +29,12 @@ class Dropout:
     def __init__(self, rate: float, key_B: Tensor | None) -> None:
         self.rate, self.key_B, self.site = rate, key_B, 0
 
+    def at(self, site: int) -> "Dropout":
+        """The same one with so many sites behind it: what runs again draws again what it drew."""
+        there = Dropout(self.rate, self.key_B)
+        there.site = site
+        return there
+
     def __call__(self, x_B: Tensor) -> Tensor:
         if self.key_B is None or self.rate == 0:
             return x_B

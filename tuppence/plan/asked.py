@@ -87,10 +87,6 @@ def check_trainable(run: Run) -> None:
     """Refuse what this version cannot train, rather than train something else in silence."""
     only: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", run.train.precision, ("fp32", "bf16")),
-        ("train.parallel", run.train.parallel, ("none",)),
-        ("train.activation_checkpointing", run.train.activation_checkpointing, (False,)),
-        ("machine.gpu_count", run.machine.gpu_count, (0, 1)),
-        ("machine.nodes", run.machine.nodes, (1,)),
     ]
     cannot = [
         f"{key}={value}: this version trains {' or '.join(str(a) for a in allowed)}"
@@ -212,6 +208,17 @@ def check_corpus(data: DataPlan, *, length: int, batch_tokens: int) -> None:
             f"data.source={data.source}: {data.train_tokens:,} training tokens are less than one "
             f"batch of {batch_tokens:,} + 1; {needs} train.batch_tokens"
         )
+
+
+def check_ranks(sequences: int, ranks: int, length: int) -> int:
+    """A rank's sequences of the batch. Raises UserError where they do not divide."""
+    if sequences % ranks:
+        near = max(1, round(sequences / ranks)) * ranks * length
+        raise UserError(
+            f"train.batch_tokens={sequences * length} is not model.sequence_len={length} x a whole "
+            f"number on each of {ranks} processes; the nearest is {near}"
+        )
+    return sequences // ranks
 
 
 def check_micro_batch(micro: int, sequences: int, length: int) -> int:

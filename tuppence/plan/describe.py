@@ -62,7 +62,7 @@ def plan_text(plan: Plan) -> str:
             f"{plan.data.source}, {plan.data.tokenizer} tokens: {plan.data.train_tokens:,} train, "
             f"{plan.data.val_tokens:,} val{'' if plan.data.exact else ' (estimated)'}",
         ),
-        ("machine", f"{machine.name}, {machine.threads} threads, {price}"),
+        ("machine", f"{machine.name}, {_processes(plan)}, {price}"),
         (
             "runs in",
             f"{machine.precision} with {machine.attention} attention: {machine.precision_why}",
@@ -96,6 +96,16 @@ def plan_text(plan: Plan) -> str:
     return text + notes
 
 
+def _processes(plan: Plan) -> str:
+    """Ranks and what each has of the machine, and how the model lies on them."""
+    ranks, machine = plan.step.ranks, plan.machine
+    each = f"{machine.threads} threads" if machine.device == "cpu" else "a GPU"
+    if ranks == 1:
+        return each if machine.device == "cpu" else "one GPU"
+    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    return f"{ranks} ranks{nodes} of {each} ({machine.parallel})"
+
+
 def _phases(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
 
@@ -121,8 +131,8 @@ def local_option(plan: Plan) -> dict[str, Any]:
         "instance_type": machine.name,
         "region": "",
         "gpu": machine.name if on_gpu else "cpu",
-        "gpu_count": 1 if on_gpu else 0,
-        "nodes": 1,
+        "gpu_count": plan.step.ranks // machine.nodes if on_gpu else 0,
+        "nodes": machine.nodes,
         "spot": False,
         "usd_per_hour": machine.usd_per_hour,
         "price": {"terms": machine.price_source, "date": "", "source": machine.price_source},
@@ -132,8 +142,8 @@ def local_option(plan: Plan) -> dict[str, Any]:
         "params": plan.model.params,
         "flops_per_token": plan.model.flops_per_token,
         "precision": machine.precision,
-        "parallel": "none",
-        "activation_checkpointing": False,
+        "parallel": machine.parallel,
+        "activation_checkpointing": machine.activation_checkpointing,
         "micro_batch": plan.step.micro_batch,
         "accumulation": plan.step.accumulation,
         "batch_tokens": plan.step.batch_tokens,

@@ -18,8 +18,16 @@ from tuppence.config import (
 from tuppence.plan import cost, loss
 from tuppence.plan.asked import limit_seconds, optimizer_of
 from tuppence.plan.hardware import Calibration, Timing, shape_key
-from tuppence.plan.memory import cpu_activation_bytes, state_bytes
+from tuppence.plan.memory import cpu_activation_bytes
 from tuppence.plan.shapes import divisors, expected_flops, planned_shape
+from tuppence.plan.spread import (
+    RECOMPUTED,
+    Spread,
+    held_bytes,
+    per_machine_gib,
+    staged_gib,
+    wire_seconds,
+)
 
 CPU_MICRO_TOKENS = 4096  # larger micro-batches leave the caches and gain nothing
 MEMORY_SHARE = 0.8  # of the machine's memory that a chosen micro-batch may fill
@@ -32,6 +40,8 @@ PREPARED_SECONDS = 0.1
 LIBRARIES_GIB = 0.10  # what kernels and allocators add to the bare process in the first steps
 FRAGMENTED = 1.22  # of activations: what glibc holds for them on several threads (docs/LOG.md)
 PREPARE_TOKENS_PER_SECOND = 1.5e6  # two cores, GPT-2 tokens (docs/BENCHMARKS.md)
+
+ALONE = Spread()
 
 
 @dataclass(frozen=True)
@@ -51,15 +61,20 @@ def unit_seconds(
     optimizer: str,
     timing: Timing,
     calibration: Calibration,
+    spread: Spread = ALONE,
 ) -> UnitSeconds:
     """From a step's timing to the parts of a run."""
-    sequences = timing.micro_batch * timing.workers
+    sequences = timing.micro_batch * timing.workers * spread.ranks
     written = saved_bytes(model, optimizer)
+    wire = wire_seconds(
+        model, spread, device=calibration.device, accumulation=step.accumulation // spread.ranks
+    )
+    again = RECOMPUTED if spread.recompute else 1.0
     usual = expected_flops(model) / model.flops_per_token  # it was timed at a looped model's median
     write = written / (calibration.disk_write_mbs * 1e6) + 2 * written / HASH_BYTES_PER_SECOND
     return UnitSeconds(
         startup=calibration.startup_seconds,
-        step=rounds(step) * timing.round_seconds * usual + timing.update_seconds,
+        step=rounds(step) * timing.round_seconds * usual * again + timing.update_seconds + wire,
         eval_token=timing.forward_seconds / sequences / model.sequence_len,
         sample_token=_sample_seconds(model, calibration),
         save=0.05 + write,
@@ -81,23 +96,24 @@ def saved_bytes(model: ModelPlan, optimizer: str) -> int:
 
 def rounds(step: StepPlan) -> int:
     """How many micro-batches the busiest worker runs in a step."""
-    return math.ceil(step.accumulation / step.workers)
+    return math.ceil(step.accumulation / (step.workers * step.ranks))
 
 
 # ---------------------------------------------------------------- how to run the step
 
 
 def workers_of(run: Run, micro: int, sequences: int, calibration: Calibration) -> int:
-    """A core each, as far as there are micro-batches; one on a GPU, or where torch compiles."""
-    if calibration.device != "cpu" or run.train.compile:
+    """A core each, as far as there are micro-batches of a rank's `sequences`; one on a GPU, where
+    torch compiles, and where no copy of the model may share its weights."""
+    if calibration.device != "cpu" or run.train.compile or run.train.parallel == "fsdp":
         return 1
     return min(calibration.threads, sequences // micro)
 
 
 def largest_micro_batch(
-    run: Run, model: ModelPlan, sequences: int, calibration: Calibration
+    run: Run, model: ModelPlan, sequences: int, calibration: Calibration, spread: Spread = ALONE
 ) -> int:
-    """The largest divisor of the batch that fits the memory.
+    """The largest divisor of a rank's `sequences` that fits the memory.
 
     On a CPU also: small enough that every core has one, and that it stays near the caches.
     """
@@ -105,8 +121,9 @@ def largest_micro_batch(
     for micro in divisors(sequences):
         workers = workers_of(run, micro, sequences, calibration)
         timing = choose_timing(run, model, micro, workers, calibration)
-        peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration)
-        fits = peak_gib <= MEMORY_SHARE * calibration.memory_gib
+        peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration, spread)
+        together = per_machine_gib(peak_gib, spread, device=calibration.device)
+        fits = together <= MEMORY_SHARE * calibration.memory_gib
         if calibration.device == "cpu":
             cores = 1 if run.train.compile else min(calibration.threads, sequences)
             fits = fits and micro * model.sequence_len <= CPU_MICRO_TOKENS and workers >= cores
@@ -116,24 +133,30 @@ def largest_micro_batch(
 
 
 def peak_memory_gib(
-    model: ModelPlan, optimizer: str, timing: Timing, calibration: Calibration
+    model: ModelPlan,
+    optimizer: str,
+    timing: Timing,
+    calibration: Calibration,
+    spread: Spread = ALONE,
 ) -> float:
-    """Predicted peak: the process, weights and optimizer, and for each worker its gradients, its
-    cast weights and one micro-batch's activations: of a looped model at its most iterations, which
-    a run of some hundred steps will draw."""
+    """Predicted peak of a rank: the process, weights and optimizer, a checkpoint that is being
+    written, and for each worker its gradients, its cast weights and one micro-batch's activations:
+    of a looped model at its most iterations, which a run of some hundred steps will draw."""
     shape = planned_shape(model, recurrence=model.loop.max_recurrence if model.loop else None)
     activations = cpu_activation_bytes(
         shape,
         tokens=timing.micro_batch * model.sequence_len,
         precision=timing.precision,
         attention=timing.attention,
+        recompute=spread.recompute,
     )
     cast = 2 * model.params_matmul if timing.precision == "bf16" else 0
-    moved = shape.params_muon if optimizer == "muon" else 0
-    more_gradients = 4 * model.params * (timing.workers - 1)
-    state = state_bytes(model.params, muon_params=moved) + more_gradients
+    state = held_bytes(model, spread, muon=optimizer == "muon")
+    state += 4 * model.params * (timing.workers - 1)  # the other workers' gradients
     each = timing.workers * (cast + FRAGMENTED * activations)
-    return calibration.startup_rss_gib + LIBRARIES_GIB + (state + each) / cost.GIB
+    staged = staged_gib(saved_bytes(model, optimizer), spread)
+    held = calibration.startup_rss_gib + LIBRARIES_GIB + (state + each) / cost.GIB
+    return held + (staged if calibration.device == "cpu" else 0.0)
 
 
 def choose_timing(

@@ -383,8 +383,12 @@ def state_bytes(params: int, *, muon_params: int = 0) -> int:
     return 16 * params - 4 * muon_params
 
 
-def cpu_activation_bytes(shape: Shape, *, tokens: int, precision: str, attention: str) -> float:
+def cpu_activation_bytes(
+    shape: Shape, *, tokens: int, precision: str, attention: str, recompute: bool = False
+) -> float:
     """What one micro-batch of `tokens` keeps for its backward pass on a CPU, in bytes.
+
+    Blocks that `recompute` keep their input alone, and one of them at a time everything.
 
     GPT-2, per token and layer, in units of n_embd elements: the residual stream in fp32 before each
     norm (2), and in the compute precision the norms' outputs (2), qkv (3) and its head-major copy
@@ -395,12 +399,14 @@ def cpu_activation_bytes(shape: Shape, *, tokens: int, precision: str, attention
     wide = 2 if precision == "bf16" else 4
     if shape.family in QK_NORM:
         block = _own_block_bytes(shape, wide, fused=attention == "sdpa")
-        kept = shape.layers_kept * block + _own_end_bytes(shape, wide)
+        ends = _own_end_bytes(shape, wide)
         head = _own_head_bytes(shape, tokens, wide, HEAD_CHUNK["cpu"])
     else:
-        kept = shape.layers_kept * shape.n_embd * (2 * 4 + 17 * wide)
+        block, ends = shape.n_embd * (2 * 4 + 17 * wide), 0.0
         head = tokens * shape.vocab_size * (wide + 8)
+    layers = shape.layers_kept
+    kept = layers * 4 * shape.n_embd + block if recompute else layers * block
     if attention == "matmul":
-        layers = sum(a.backward_runs for a in shape.attentions)
-        kept += (layers + 3) * shape.attentions[0].n_head * shape.sequence_len * wide
-    return tokens * kept + head
+        whole = 1 if recompute else sum(a.backward_runs for a in shape.attentions)
+        kept += (whole + 3) * shape.attentions[0].n_head * shape.sequence_len * wide
+    return tokens * (kept + ends) + head

@@ -7,6 +7,7 @@ measured to do. Raises UserError where values contradict each other and DoesNotF
 cannot be had here; everything merely unwise is a warning with a code.
 """
 
+import dataclasses
 import math
 import re
 
@@ -28,6 +29,7 @@ from tuppence.plan.asked import (
     batch_sequences,
     check_budget,
     check_micro_batch,
+    check_ranks,
     check_trainable,
     check_values,
     limit_seconds,
@@ -39,6 +41,7 @@ from tuppence.plan.asked import (
 )
 from tuppence.plan.cost import Shape
 from tuppence.plan.estimate import (
+    MEMORY_SHARE,
     ROOFLINE_SHARE,
     UnitSeconds,
     choose_timing,
@@ -52,6 +55,7 @@ from tuppence.plan.estimate import (
 from tuppence.plan.hardware import Calibration, Timing
 from tuppence.plan.prices import ASSUMED_USD_PER_HOUR
 from tuppence.plan.shapes import export_warnings, shape_of
+from tuppence.plan.spread import Spread, per_machine_gib, spread_of
 from tuppence.plan.stages import EVAL_SHARE
 
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
@@ -59,22 +63,31 @@ MAX_EVALS = 10
 SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
+KEEP_LAST = 2
+STALL_SECONDS, STALL_STEPS = 120.0, 20.0  # a rank may stand still for the longer of the two
 
 
-def solve(run: Run, data: DataPlan, calibration: Calibration) -> Plan:
-    """The plan of `run` on this machine, whose corpus is `data`."""
+def solve(
+    run: Run, data: DataPlan, calibration: Calibration, *, ranks: int = 1, nodes: int = 1
+) -> Plan:
+    """The plan of `run` on this machine, whose corpus is `data`, in `ranks` processes on `nodes`
+    such machines. `calibration` is of the threads or the GPU that one rank has."""
     check_values(run)
     check_trainable(run)
     budget = check_budget(run.budget)
+    _check_device(run, calibration)
     model = solve_model(run, data)
     shape = shape_of(run.model, data.vocab_size)
     batch, tokens = _likely(run, budget, model, shape, calibration)
-    step = _solve_step(run, budget, data, model, batch, calibration)
+    spread = spread_of(run, ranks=ranks, nodes=nodes)
+    spread = _sharded_if_it_must(run, model, batch, calibration, spread)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, parallel=spread.parallel))
+    step = _solve_step(run, budget, data, model, batch, calibration, spread)
     timing = choose_timing(run, model, step.micro_batch, step.workers, calibration)
-    peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration)
-    _check_memory(step, peak_gib, calibration)
-    machine = _solve_machine(run, calibration, model, timing)
-    units = unit_seconds(model, step, optimizer_of(run), timing, calibration)
+    peak_gib = peak_memory_gib(model, optimizer_of(run), timing, calibration, spread)
+    _check_memory(step, per_machine_gib(peak_gib, spread, device=calibration.device), calibration)
+    machine = _solve_machine(run, calibration, model, timing, spread)
+    units = unit_seconds(model, step, optimizer_of(run), timing, calibration, spread)
     schedule = solve_schedule(run)
     recipe = laws.recipe(shape, optimizer_of(run), tokens, batch_tokens=step.batch_tokens)
     optimizer = solve_optimizer(run, model, laws.overridden(recipe, run.train))
@@ -145,12 +158,14 @@ def _solve_step(
     model: ModelPlan,
     batch: int,
     calibration: Calibration,
+    spread: Spread,
 ) -> StepPlan:
     sequences = batch_sequences(batch, data, model)
+    each = check_ranks(sequences, spread.ranks, model.sequence_len)
     if run.train.micro_batch is not None:
-        micro = check_micro_batch(run.train.micro_batch, sequences, model.sequence_len)
+        micro = check_micro_batch(run.train.micro_batch, each, model.sequence_len)
     else:
-        micro = largest_micro_batch(run, model, sequences, calibration)
+        micro = largest_micro_batch(run, model, each, calibration, spread)
     seed = 1337 if run.train.seed is None else run.train.seed
     if not 0 <= seed < 2**63:
         raise UserError(f"train.seed={seed}: a whole number from 0 to 2^63 - 1")
@@ -160,15 +175,15 @@ def _solve_step(
         batch_sequences=sequences,
         micro_batch=micro,
         accumulation=sequences // micro,
-        workers=workers_of(run, micro, sequences, calibration),
+        workers=workers_of(run, micro, each, calibration),
+        ranks=spread.ranks,
         max_steps=max_steps(budget, batch_tokens),
         seed=seed,
     )
 
 
-def _solve_machine(
-    run: Run, calibration: Calibration, model: ModelPlan, timing: Timing
-) -> MachinePlan:
+def _check_device(run: Run, calibration: Calibration) -> None:
+    """Refuse a GPU that is not here."""
     wanted = {"gpu": run.machine.gpu, "gpu_count": run.machine.gpu_count}
     for key, value in wanted.items():
         if value not in (None, "cpu", 0) and calibration.device == "cpu":
@@ -182,7 +197,12 @@ def _solve_machine(
         and not _names(run.machine.gpu, calibration)
     ):
         raise DoesNotFit(f"machine.gpu={run.machine.gpu}: this machine has {calibration.name}")
-    price = run.machine.usd_per_hour
+
+
+def _solve_machine(
+    run: Run, calibration: Calibration, model: ModelPlan, timing: Timing, spread: Spread
+) -> MachinePlan:
+    price, ceiling = run.machine.usd_per_hour, f"the {timing.precision} matmul ceiling measured"
     return MachinePlan(
         device=calibration.device,
         name=calibration.name,
@@ -191,11 +211,14 @@ def _solve_machine(
         precision_why=_why_precision(run, calibration, model, timing),
         attention=timing.attention,
         compile=timing.compile,
-        peak_tflops=calibration.matmul_tflops[timing.precision],
-        peak_source=f"the {timing.precision} matmul ceiling measured here",
-        usd_per_hour=price if price is not None else ASSUMED_USD_PER_HOUR,
+        peak_tflops=calibration.matmul_tflops[timing.precision] * spread.ranks,
+        peak_source=f"{ceiling} here" + (f" x {spread.ranks} ranks" if spread.ranks > 1 else ""),
+        usd_per_hour=(price if price is not None else ASSUMED_USD_PER_HOUR) * spread.nodes,
         price_source="asked" if price is not None else "assumed",
         deterministic=calibration.device == "cpu",
+        nodes=spread.nodes,
+        parallel=spread.parallel,
+        activation_checkpointing=spread.recompute,
     )
 
 
@@ -229,13 +252,20 @@ def _solve_cadence(
     units: UnitSeconds,
 ) -> CadencePlan:
     train = run.train
-    for key in ("eval_every", "eval_tokens", "save_every", "sample_tokens"):
-        value, least = getattr(train, key), 0 if key == "sample_tokens" else 1
-        if value is not None and value < least:
-            raise UserError(f"train.{key}={value}: at least {least}")
+    for key in ("eval_every", "eval_tokens", "save_every", "keep_last", "keep_every"):
+        value = getattr(train, key)
+        if value is not None and value < 1:
+            raise UserError(f"train.{key}={value}: at least 1")
+    if train.sample_tokens is not None and train.sample_tokens < 0:
+        raise UserError(f"train.sample_tokens={train.sample_tokens}: at least 0")
+    if train.stall_seconds is not None and train.stall_seconds < 1:
+        raise UserError(f"train.stall_seconds={train.stall_seconds:g}: at least 1")
     seconds = limit_seconds(budget, machine.usd_per_hour)
     if step.max_steps is not None:
         seconds = min(seconds, step.max_steps * units.step)
+    save_every = train.save_every
+    if save_every is None and math.isinf(limit_seconds(budget, machine.usd_per_hour)):
+        save_every = max(1, round(SAVE_SECONDS / units.step))  # where steps are counted, no clock
     tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
     samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
@@ -244,8 +274,12 @@ def _solve_cadence(
         eval_every_progress=None if train.eval_every else 1 / count,
         eval_tokens=tokens,
         eval_batch=step.micro_batch,  # what training holds in memory, evaluation does
-        save_every_steps=train.save_every,
-        save_every_seconds=None if train.save_every else SAVE_SECONDS,
+        save_every_steps=save_every,
+        save_every_seconds=None if save_every else SAVE_SECONDS,
+        keep_last=train.keep_last or KEEP_LAST,
+        keep_every_steps=train.keep_every,
+        keep_bytes=None if run.machine.disk_gb is None else int(run.machine.disk_gb * 1e9),
+        stall_seconds=train.stall_seconds or max(STALL_SECONDS, STALL_STEPS * units.step),
         finish_seconds=FINISH_SECONDS,
         sample_prompt=train.sample_prompt,
         sample_tokens=samples if train.sample_tokens is None else train.sample_tokens,
@@ -263,6 +297,20 @@ def _eval_tokens(
 
 
 # ---------------------------------------------------------------- refusals and warnings
+
+
+def _sharded_if_it_must(
+    run: Run, model: ModelPlan, batch: int, calibration: Calibration, spread: Spread
+) -> Spread:
+    """All by rows where the weights, whole on every rank, leave no room for one sequence."""
+    if spread.ranks == 1 or run.train.parallel is not None:
+        return spread
+    timing = choose_timing(run, model, 1, 1, calibration)
+    needs = peak_memory_gib(model, optimizer_of(run), timing, calibration, spread)
+    together = per_machine_gib(needs, spread, device=calibration.device)
+    if together <= MEMORY_SHARE * calibration.memory_gib:
+        return spread
+    return dataclasses.replace(spread, parallel="fsdp")
 
 
 def _check_memory(step: StepPlan, peak_gib: float, calibration: Calibration) -> None:

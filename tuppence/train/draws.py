@@ -32,11 +32,11 @@ def recurrence_of(plan: Plan, step: int) -> int | None:
     return draw_recurrence(plan.model.loop, seed=plan.step.seed, step=step)
 
 
-def work_of(plan: Plan) -> Callable[[int], float]:
-    """How much each step has to do beside a usual one."""
+def work_of(plan: Plan, skipped_batches: int = 0) -> Callable[[int], float]:
+    """How much each step has to do beside a usual one, with so many batches left out before it."""
     if plan.model.loop is None:
         return lambda step: 1.0
     usual = expected_flops(plan.model)
     drawn = range(1, plan.model.loop.max_recurrence + 1)
     of = {r: planned_shape(plan.model, recurrence=r).flops_per_token / usual for r in drawn}
-    return lambda step: of[recurrence_of(plan, step) or 1]
+    return lambda step: of[recurrence_of(plan, step + skipped_batches) or 1]

@@ -1,6 +1,6 @@
 """Training: from a plan to a finished run folder, whatever interrupts it.
 
-    turn = pace.next(step)           where the budget stands; which step is the last
+    turn = lead.next(step)           where the budget stands; which step is the last
     train_step(batch(step), lr(turn.progress))
     if due: evaluate, sample, save   best and last are kept
     ...
@@ -14,70 +14,37 @@ import gc
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tuppence import checkpoint, evals, host
-from tuppence.checkpoint import State
+from tuppence import checkpoint, config, host
+from tuppence.checkpoint import Fence
 from tuppence.config import Plan
-from tuppence.data.loader import Loader, rolling_sha, val_windows
-from tuppence.data.tokenizer import Tokenizer, load_tokenizer
-from tuppence.errors import DoesNotFit, Fault, UserError
+from tuppence.data.loader import rolling_sha
+from tuppence.errors import DoesNotFit, Fault
+from tuppence.files import file_sha256
 from tuppence.folder import RunFolder
-from tuppence.hub.load import load_into
 from tuppence.ledger import Meter
 from tuppence.live import Live, duration
-from tuppence.model import Family, build
 from tuppence.plan.shapes import expected_flops
-from tuppence.train.draws import keys_of, recurrence_of, work_of
-from tuppence.train.interrupt import Interrupt, Interrupted
-from tuppence.train.optim import optimizers_of
-from tuppence.train.pace import Pace, Turn, finish_seconds
+from tuppence.ranks import ALONE, Ranks, is_cut_off
+from tuppence.train.draws import keys_of, recurrence_of
+from tuppence.train.guard import BAD_STEPS, Window
+from tuppence.train.interrupt import Interrupt
+from tuppence.train.judging import evaluate
+from tuppence.train.pace import Turn, finish_seconds
+from tuppence.train.preflight import preflight
+from tuppence.train.rewinding import rewind, rewinds_of
+from tuppence.train.saving import ready_to_save, save, saved, stop_if_asked
 from tuppence.train.schedule import factor
-from tuppence.train.step import StepResult, micro_batches, train_step
-from tuppence.workers import Workers
+from tuppence.train.setup import START_SECONDS, Place, Trainer, set_up
+from tuppence.train.step import MicroBatch, StepResult, micro_batches, train_step
+from tuppence.train.watchdog import Watchdog
 
-BAD_STEPS = 5  # non-finite steps in a row after which going on only costs money
-KEEP_LAST = 2
 TELLING_PROGRESS = 0.05  # before it the plan knows better than the run how long it takes
-FIRST_STATE = State(
-    step=0,
-    tokens=0,
-    tokens_sha=hashlib.sha256(b"").hexdigest(),
-    progress=0.0,
-    finished=False,
-    evaluation_due=False,
-    began_seconds=0.0,
-    bad_steps=0,
-    best_step=None,
-    best_val_loss=None,
-    attempt=1,
-    saved_at=0.0,
-)
-
-
-@dataclass
-class Trainer:
-    """What the loop holds: the plan's things built, and where the run is."""
-
-    plan: Plan
-    folder: RunFolder
-    meter: Meter
-    pace: Pace
-    live: Live
-    interrupt: Interrupt
-    loader: Loader
-    data_folder: Path
-    tokenizer: Tokenizer
-    workers: Workers
-    prompt: list[int]
-    optimizers: list[torch.optim.Optimizer]
-    state: State
-    saved_step: int = -1
-    last_save: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,123 +57,101 @@ class Outcome:
 
 
 def train(
-    plan: Plan, folder: RunFolder, data_folder: Path, *, meter: Meter, attempt: int
-) -> Outcome:
-    """Train `plan` in `folder` from its newest checkpoint, or from the start, to its end.
-
-    Raises Interrupted after a signal (saved), Fault for what cannot go on (nothing saved is lost).
-    """
-    live = Live()
-    with Interrupt() as interrupt:
-        trainer = _set_up(plan, folder, data_folder, meter, attempt, live, interrupt)
-        meter.switch("train")
-        gc.collect()
-        gc.freeze()  # nothing that is alive now is garbage before the end
-        if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
-            _evaluate(trainer, deadline=math.inf)
-        while not trainer.state.finished and (turn := trainer.pace.next(trainer.state.step)):
-            _step(trainer, turn)
-            _stop_if_asked(trainer)
-            if turn.last:
-                break
-            if trainer.state.evaluation_due:
-                _evaluate(trainer, deadline=math.inf)
-            elif _due_save(trainer):
-                _save(trainer)
-        _finish(trainer)
-    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
-
-
-def _set_up(
     plan: Plan,
     folder: RunFolder,
     data_folder: Path,
+    *,
     meter: Meter,
     attempt: int,
-    live: Live,
-    interrupt: Interrupt,
-) -> Trainer:
-    device = plan.machine.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DoesNotFit(f"this run was planned on {plan.machine.name}; no CUDA GPU is here now")
-    torch.set_num_threads(plan.machine.threads if plan.step.workers == 1 else 1)
-    tokenizer = load_tokenizer(data_folder / "tokenizer")
-    prompt = prompt_ids(plan, tokenizer, data_folder)
-    model = build(plan.model, attention=plan.machine.attention, device=device)
-    workers = Workers(
-        torch.compile(model) if plan.machine.compile else model,  # type: ignore[arg-type]
-        count=plan.step.workers,
-        device=device,
-        precision=plan.machine.precision,
-    )
-    optimizers = optimizers_of(model, plan.optimizer, workers)
-    state = checkpoint.load_newest(folder, model, optimizers)
-    if state is None:
-        _first_weights(model, plan, folder, attempt)
-        state = replace(FIRST_STATE, began_seconds=meter.seconds())
-    else:
-        live.say(f"resuming from step {state.step} (attempt {attempt})")
-        message = f"from step {state.step}"
-        folder.event("resume", message, attempt=attempt, step=state.step, saved_at=state.saved_at)
-    trainer = Trainer(
-        plan=plan,
-        folder=folder,
-        meter=meter,
-        pace=Pace(plan, meter, began=state.began_seconds, work=work_of(plan)),
-        live=live,
-        interrupt=interrupt,
-        loader=Loader(
-            data_folder,
-            sequence_len=plan.model.sequence_len,
-            batch_size=plan.step.batch_sequences,
-            seed=plan.step.seed,
-        ),
-        data_folder=data_folder,
-        tokenizer=tokenizer,
-        workers=workers,
-        prompt=prompt,
-        optimizers=optimizers,
-        state=replace(state, attempt=attempt),
-        saved_step=state.step if state.step else -1,
-        last_save=time.monotonic(),
-    )
-    if not (folder.tokenizer / "tokenizer.json").exists():
-        folder.tokenizer.mkdir(parents=True, exist_ok=True)
-        trainer.tokenizer.save(folder.tokenizer)
-    return trainer
+    ranks: Ranks | None = None,
+    fence: Fence | None = None,
+    committed: Callable[[Path], None] = lambda path: None,
+    alive: Callable[[], float] = lambda: 0.0,
+) -> Outcome:
+    """Train `plan` in `folder` from its newest checkpoint, or from the start, to its end.
 
-
-def _first_weights(model: Family, plan: Plan, folder: RunFolder, attempt: int) -> None:
-    """Drawn from the seed, or those that the plan starts from."""
-    if plan.init is None:
-        model.init_weights(plan.step.seed)
-        folder.event("start", "from the beginning", attempt=attempt, step=0)
-        return
-    load_into(model, plan.init)
-    message = f"from the weights in {plan.init.path}"
-    details = {"init_from": plan.init.path, "init_sha256": plan.init.sha256}
-    folder.event("start", message, attempt=attempt, step=0, **details)
-
-
-def prompt_ids(plan: Plan, tokenizer: Tokenizer, data_folder: Path) -> list[int]:
-    """The tokens that samples continue: of the prompt asked for, or of a newline.
-
-    Where the tokenizer has no newline it is the first token of the val split. Raises UserError for
-    a prompt that cannot be encoded, before any money is spent on training.
+    The lead has claimed the run (`fence`), or does. `committed` is told of every checkpoint, and
+    `alive`, called about every step, says how many seconds what is sent elsewhere lies behind.
+    Raises Interrupted after a signal (saved), Fault for what cannot go on (nothing saved is lost).
     """
-    asked = plan.cadence.sample_prompt
-    try:
-        ids: list[int] = tokenizer.encode("\n" if asked is None else asked).tolist()
-    except UserError as error:
-        if asked is not None:
-            raise UserError(f"train.sample_prompt={asked!r}: {error}") from None
-        ids = []
-    if asked is not None and not ids:
-        raise UserError("train.sample_prompt is empty; give a character, or leave it out")
-    if ids:
-        return ids
-    first = val_windows(data_folder, sequence_len=1, max_tokens=1)
-    return [int(next(first.batches(1))[0][0, 0])]
+    ranks = ranks or ALONE
+    place = Place(folder, data_folder, attempt, ranks, fence, committed, alive)
+    live = Live(silent=not ranks.lead)
+
+    def stalled(message: str) -> None:
+        folder.event("stalled", message, attempt=attempt)
+        live.say(f"stalled: {message}")
+        meter.close()
+
+    watchdog = Watchdog(
+        rank=ranks.rank,
+        world=ranks.world,
+        store=ranks.store,
+        seconds=plan.cadence.stall_seconds,
+        told=stalled,
+    )
+    with Interrupt() as interrupt, watchdog:
+        watchdog.at("start", 0, seconds=START_SECONDS)
+        _preflight(plan, place)
+        trainer = set_up(plan, place, meter, live, interrupt, watchdog)
+        meter.switch("train")
+        gc.collect()
+        gc.freeze()  # nothing that is alive now is garbage before the end
+        try:
+            _run(trainer)
+        except RuntimeError as error:
+            if ranks.world == 1 or not is_cut_off(error):
+                raise
+            raise Fault(_cut_off(trainer, error)) from error
+    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
+
+
+def _preflight(plan: Plan, place: Place) -> None:
+    """Every rank is there, and runs the same on the same."""
+    facts = {
+        "code": host.code_sha256(),
+        "torch": torch.__version__,
+        "plan": hashlib.sha256(config.to_json(plan).encode()).hexdigest(),
+        "data": file_sha256(place.data / "manifest.json"),
+    }
+    speed = preflight(place.ranks, facts, device=plan.machine.device)
+    if speed is not None:
+        message = f"{place.ranks.world} ranks, all-reduce at {speed:.2f} GB/s"
+        place.folder.event("preflight", message, ranks=place.ranks.world, gbs=speed)
+
+
+def _cut_off(trainer: Trainer, error: RuntimeError) -> str:
+    """What to say when a collective fails: the others, or the way to them, are gone."""
+    first = str(error).strip().partition("\n")[0]
+    there = checkpoint.pointer(trainer.folder, "last")
+    kept = f"step {there.step} is saved" if there else "nothing was saved yet"
+    return (
+        f"another rank is gone in step {trainer.state.step} ({first}); {kept}, and the same "
+        f"command goes on from there"
+    )
+
+
+def _run(trainer: Trainer) -> None:
+    """Every step that is left, and the end."""
+    if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
+        evaluate(trainer, deadline=math.inf)
+    ready = False
+    while not trainer.state.finished and (turn := trainer.lead.next(trainer.state.step)):
+        _step(trainer, turn)
+        if not ready:
+            ready_to_save(trainer)
+            ready = True
+        if trainer.state.bad_steps >= BAD_STEPS:
+            rewind(trainer)
+            continue
+        stop_if_asked(trainer)
+        if turn.last:
+            break
+        if trainer.state.evaluation_due:
+            evaluate(trainer, deadline=math.inf)
+        elif trainer.state.bad_steps == 0 and trainer.lead.save_due(trainer.state.step):
+            save(trainer)  # within bad steps it would push older weights, the way back, out
+    _finish(trainer)
 
 
 # ---------------------------------------------------------------- a step
@@ -216,22 +161,22 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     """One optimizer step, its row in metrics.jsonl, and the new state."""
     plan, state = trainer.plan, trainer.state
     started = time.monotonic()
-    batch = trainer.loader.batch(state.step)
-    tokens_sha = rolling_sha(state.tokens_sha, batch)
+    window, rewinds = Window(state.losses, state.norms), rewinds_of(state)
+    trainer.at("data")
+    tokens_sha, batch = _batch(trainer, rewinds.batch(state.step))
     rate_factor = factor(turn.progress, plan.schedule)
     result = train_step(
         trainer.workers,
         trainer.optimizers,
-        micro_batches(
-            batch,
-            micro_batch=plan.step.micro_batch,
-            device=plan.machine.device,
-            keys=keys_of(plan, state.step),
-            recurrence=recurrence_of(plan, state.step),
-        ),
+        batch,
         factor=rate_factor,
         grad_clip=plan.optimizer.grad_clip,
+        parallel=trainer.parallel,
+        judge=window.judged,
+        at=trainer.at,
     )
+    if result.updated:
+        window = window.seen(result.loss, result.grad_norm)
     seconds = time.monotonic() - started
     trainer.pace.step_took(state.step, seconds)
     trainer.state = replace(
@@ -242,12 +187,45 @@ def _step(trainer: Trainer, turn: Turn) -> None:
         progress=turn.progress,
         finished=turn.last,
         bad_steps=0 if result.updated else state.bad_steps + 1,
+        losses=window.losses,
+        norms=window.norms,
     )
     due = _due_evaluation(trainer, state.progress)
     trainer.state = replace(trainer.state, evaluation_due=due)
     _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds)
-    if not result.updated:
-        _guard(trainer, result)
+
+
+def _batch(trainer: Trainer, number: int) -> tuple[str, list[MicroBatch]]:
+    """The stream's hash after batch `number`, of which only the lead knows, and this rank's
+    micro-batches of it."""
+    plan, ranks, tokens_sha = trainer.plan, trainer.ranks, trainer.state.tokens_sha
+    rows = plan.step.batch_sequences // ranks.world
+    first = ranks.rank * rows
+    if ranks.lead:
+        whole = trainer.loader.batch(number)
+        tokens_sha, batch = rolling_sha(tokens_sha, whole), whole[:rows]
+    else:
+        batch = trainer.loader.batch(number, rank=ranks.rank, world_size=ranks.world)
+    keys = keys_of(plan, number)
+    return tokens_sha, micro_batches(
+        batch,
+        micro_batch=trainer.state.micro_batch,
+        device=plan.machine.device,
+        keys=None if keys is None else keys[first : first + rows],
+        recurrence=recurrence_of(plan, number),
+    )
+
+
+def _due_evaluation(trainer: Trainer, previous: float) -> bool:
+    """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
+    cadence, state = trainer.plan.cadence, trainer.state
+    if not trainer.lead.room_to_evaluate(state.step):
+        return False
+    if cadence.eval_every_steps is not None:
+        return state.step % cadence.eval_every_steps == 0
+    assert cadence.eval_every_progress is not None
+    marks_now = math.floor(state.progress / cadence.eval_every_progress + 1e-9)
+    return marks_now > math.floor(previous / cadence.eval_every_progress + 1e-9)
 
 
 def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: float) -> None:
@@ -282,145 +260,11 @@ def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: fl
         f"{state.progress:4.0%}  step {state.step:,}  loss {result.loss:.4f}  {rate:,.0f} tok/s  "
         f"mfu {mfu:.0%} of {peak}  {budget}  {duration(max(0.0, left))} left"
     )
-
-
-def _guard(trainer: Trainer, result: StepResult) -> None:
-    """A step that was not finite left no trace in the weights; too many of them end the run."""
-    state = trainer.state
-    what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-    trainer.folder.event("nonfinite_step", f"step {state.step} skipped: {what}", step=state.step)
-    trainer.live.say(f"step {state.step} is not finite ({what}): weights left as they were")
-    if state.bad_steps < BAD_STEPS:
-        return
-    there = checkpoint.complete(trainer.folder)
-    kept = f"step {int(there[-1].name[5:])} is saved" if there else "nothing was saved yet"
-    message = (
-        f"{BAD_STEPS} steps in a row up to step {state.step} were not finite ({what}); {kept}. "
-        f"Lower train.learning_rate={trainer.plan.optimizer.learning_rate:g} and start again"
-    )
-    trainer.folder.event("nonfinite_stop", message, step=state.step)
-    raise Fault(message)
-
-
-# ---------------------------------------------------------------- evaluate, sample, save
-
-
-def _due_evaluation(trainer: Trainer, previous: float) -> bool:
-    """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
-    cadence, state, pace = trainer.plan.cadence, trainer.state, trainer.pace
-    if pace.timed and not pace.room_for(pace.eval_seconds + pace.save_seconds, state.step):
-        return False
-    if cadence.eval_every_steps is not None:
-        return state.step % cadence.eval_every_steps == 0
-    assert cadence.eval_every_progress is not None
-    marks_now = math.floor(state.progress / cadence.eval_every_progress + 1e-9)
-    return marks_now > math.floor(previous / cadence.eval_every_progress + 1e-9)
-
-
-def _due_save(trainer: Trainer) -> bool:
-    cadence, pace = trainer.plan.cadence, trainer.pace
-    if pace.timed and not pace.room_for(pace.save_seconds, trainer.state.step):
-        return False
-    if cadence.save_every_steps is not None:
-        return trainer.state.step % cadence.save_every_steps == 0
-    assert cadence.save_every_seconds is not None
-    return time.monotonic() - trainer.last_save >= cadence.save_every_seconds
-
-
-def _evaluate(trainer: Trainer, *, deadline: float) -> None:
-    """Evaluate and sample; a better loss than ever is saved as `best`."""
-    started = time.monotonic()
-    with trainer.meter.phase("evaluate"):
-        result = _val_loss(trainer, deadline)
-        if result is None:
-            message = "the budget left no time for one batch of the evaluation"
-            trainer.folder.event("eval_skipped", message, step=trainer.state.step)
-            return
-        trainer.state = state = replace(trainer.state, evaluation_due=False)
-        row = {"step": state.step, "attempt": state.attempt, "split": "val", "loss": result.loss}
-        row |= {"bpb": result.bpb, "tokens": result.tokens, "of_tokens": result.of_tokens}
-        row |= {"progress": state.progress, "usd": trainer.meter.usd(), "seconds": result.seconds}
-        trainer.folder.append("evals", row)
-        bits = f" ({result.bpb:.4f} bits/byte)" if result.bpb is not None else ""
-        trainer.live.say(f"step {state.step:,}: val loss {result.loss:.4f}{bits}")
-        _sample(trainer, deadline)
-    if math.isinf(deadline):  # one that was not cut short says what the last one will take
-        trainer.pace.evaluation_took(time.monotonic() - started)
-    whole = result.tokens == result.of_tokens  # a part is not compared with the whole
-    if state.best_val_loss is None or (whole and result.loss < state.best_val_loss):
-        trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
-        _save(trainer)
-        pointer = checkpoint.pointer(trainer.folder, "last")
-        assert pointer is not None
-        checkpoint.point(trainer.folder, "best", pointer)
-
-
-def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
-    plan = trainer.plan
-    windows = val_windows(
-        trainer.data_folder,
-        sequence_len=plan.model.sequence_len,
-        max_tokens=plan.cadence.eval_tokens,
-    )
-    return evals.evaluate(
-        trainer.workers,
-        windows.batches(plan.cadence.eval_batch),
-        of_tokens=windows.tokens,
-        token_bytes=trainer.tokenizer.token_bytes(),
-        deadline=deadline,
-        tick=lambda: _stop_if_asked(trainer),
-    )
-
-
-def _sample(trainer: Trainer, deadline: float) -> None:
-    """Let the model speak, and keep what it says."""
-    plan, tokenizer = trainer.plan, trainer.tokenizer
-    if not plan.cadence.sample_tokens:
-        return
-    ids = evals.generate(
-        trainer.workers,
-        trainer.prompt,
-        new_tokens=plan.cadence.sample_tokens,
-        context=plan.model.sequence_len,
-        seed=plan.step.seed,
-        stop=tokenizer.end_of_text,
-        vocab_size=tokenizer.vocab_size,
-        deadline=deadline,
-    )
-    row: dict[str, Any] = {"step": trainer.state.step, "attempt": trainer.state.attempt}
-    row |= {"prompt": tokenizer.decode(trainer.prompt), "text": tokenizer.decode(ids)}
-    trainer.folder.append("samples", {**row, "temperature": 0.8, "seed": plan.step.seed})
-
-
-def _save(trainer: Trainer) -> None:
-    """Checkpoint the present state, unless this step is saved already."""
-    if trainer.saved_step == trainer.state.step:
-        return
-    started = time.monotonic()
-    with trainer.meter.phase("save"):
-        trainer.state = replace(trainer.state, saved_at=time.time())
-        pointer = checkpoint.save(
-            trainer.folder, _bare(trainer.workers.model), trainer.optimizers, trainer.state
-        )
-        checkpoint.retain(trainer.folder, keep_last=KEEP_LAST)
-    trainer.last_save = time.monotonic()
-    trainer.pace.save_seconds = trainer.last_save - started
-    trainer.saved_step = pointer.step
-    message = f"step {pointer.step}"
-    trainer.folder.event("save", message, step=pointer.step, sha256=pointer.sha256)
-
-
-def _stop_if_asked(trainer: Trainer) -> None:
-    """Between steps and evaluation batches: say we are alive; after a signal, save and stop."""
-    trainer.meter.beat()
-    if trainer.interrupt.signal:
-        _save(trainer)
-        raise Interrupted(trainer.interrupt.signal, trainer.state.step)
-
-
-def _bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The module itself where torch.compile wrapped it."""
-    return getattr(model, "_orig_mod", model)
+    if not result.updated:
+        trainer.skipped = result.skipped or ""
+        message = f"step {state.step} skipped: {result.skipped}"
+        trainer.folder.event("step_skipped", message, step=state.step, reason=result.skipped)
+        trainer.live.say(f"{message}; weights left as they were")
 
 
 def _finish(trainer: Trainer) -> None:
@@ -434,14 +278,16 @@ def _finish(trainer: Trainer) -> None:
         message = f"time ran out at progress {trainer.state.progress:.3f}, before the last step"
         trainer.folder.event("late_end", message, step=trainer.state.step)
     trainer.state = replace(trainer.state, finished=True)
-    _save(trainer)
-    _stop_if_asked(trainer)
+    save(trainer)
+    saved(trainer)  # and then judged with the time that is left
+    stop_if_asked(trainer, now=True)
     left = trainer.pace.seconds_left() - finish_seconds(trainer.plan, trainer.state.step)
     left -= trainer.pace.step_seconds()  # a batch or a token more than the deadline allows
-    _evaluate(trainer, deadline=time.monotonic() + left)
-    last = checkpoint.pointer(trainer.folder, "last")
-    if last is not None and checkpoint.pointer(trainer.folder, "best") is None:
-        checkpoint.point(trainer.folder, "best", last)  # never evaluated: what there is is the best
+    evaluate(trainer, deadline=time.monotonic() + trainer.ranks.leads(left))
+    saved(trainer)
+    if trainer.state.best_step is None:  # never evaluated: what there is is the best
+        trainer.saver.point("best", trainer.state.step)
+        saved(trainer)
 
 
 def _peak_gib(plan: Plan) -> float | None:

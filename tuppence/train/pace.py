@@ -10,6 +10,7 @@ that the learning rate lands on its floor on a step that is really taken.
 
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tuppence.ledger import Meter
 RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
 HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
+MOST_UPLOAD_SECONDS = 60.0  # kept back for a bucket that is slow or away
 RECEIPT_STEP_SECONDS = 1.5e-5  # to read a step's row again for the receipt
 
 
@@ -54,17 +56,19 @@ class Pace:
         self.plan, self.meter, self.began, self.work = plan, meter, began, work
         self.limit_usd, self.limit_hours = plan.budget.usd, plan.budget.hours
         self.timed = self.limit_usd is not None or self.limit_hours is not None
-        self._warm = False
+        self.warm = False
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.eval_seconds = plan.predicted.eval_seconds
         self.save_seconds = plan.predicted.save_seconds
+        self.upload_seconds = 0.0
         self.eval_measured = False
+        self.last_save = time.monotonic()
 
     def step_took(self, step: int, seconds: float) -> None:
         """An attempt's first step compiles and allocates, and says nothing about the others."""
-        if self._warm:
+        if self.warm:
             self._recent.append(seconds / self.work(step))
-        self._warm = True
+        self.warm = True
 
     def step_seconds(self) -> float:
         """What a usual step takes now: the recent median, before any the plan's guess."""
@@ -87,7 +91,8 @@ class Pace:
         evaluation = self.eval_seconds
         if not self.eval_measured and self._recent:  # a guess: as far off as that of a step was
             evaluation *= min(self._recent) / self.plan.predicted.step_seconds.mid
-        end = 1.5 * self.save_seconds + 1.1 * evaluation
+        upload = min(MOST_UPLOAD_SECONDS, self.upload_seconds)
+        end = 1.5 * (self.save_seconds + upload) + 1.1 * evaluation
         return end + finish_seconds(self.plan, step) + held
 
     def evaluation_took(self, seconds: float) -> None:
@@ -98,8 +103,25 @@ class Pace:
         left = self.seconds_left() - self.reserve(step)
         return left > 1.5 * seconds + 4 * self.step_seconds()
 
-    def next(self, step: int) -> Turn | None:
-        """The turn of step number `step` (from 0), or None when it cannot be afforded."""
+    def save_due(self, step: int) -> bool:
+        """Whether to save when so many steps are done."""
+        if self.timed and not self.room_for(self.save_seconds, step):
+            return False
+        cadence = self.plan.cadence
+        if cadence.save_every_steps is not None:
+            return step % cadence.save_every_steps == 0
+        assert cadence.save_every_seconds is not None
+        return time.monotonic() - self.last_save >= cadence.save_every_seconds
+
+    def room_to_evaluate(self, step: int) -> bool:
+        """Whether an evaluation, and a save if it is the best, fit in before the end."""
+        return not self.timed or self.room_for(self.eval_seconds + self.save_seconds, step)
+
+    def next(self, step: int, *, ahead: bool = False) -> Turn | None:
+        """The turn of step number `step` (from 0), or None when it cannot be afforded.
+
+        `ahead` says that the step before is still to be taken.
+        """
         fraction, last = 0.0, False
         if self.plan.step.max_steps is not None:
             if step >= self.plan.step.max_steps:
@@ -109,10 +131,11 @@ class Pace:
         if self.timed:
             one = self.step_seconds() * self.work(step)
             following = self.step_seconds() * self.work(step + 1)
-            left = self.seconds_left() - self.reserve(step)
+            before = self.step_seconds() * self.work(step - 1) if ahead else 0.0
+            left = self.seconds_left() - self.reserve(step) - before
             if left < one:
-                return self._landing(step, one)
-            spent = self.meter.seconds() - self.began
+                return self._landing(step, before + one)
+            spent = self.meter.seconds() - self.began + before
             fraction = max(fraction, (spent + one) / (spent + left))
             # behind the last step another one stays free: for this one, should it take that long
             last = last or left - one < following + CAUTION * one

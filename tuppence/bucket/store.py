@@ -1,0 +1,293 @@
+"""One folder on an object store, through fsspec: few verbs, one kind of error, verified sends.
+
+What can be compared after a send, besides the size:
+
+    s3://     the ETag is the MD5 of what was sent, or the MD5 of its parts' MD5s. Where encryption
+              makes it something else (seen on the first small object) only the size; the library
+              sends a checksum with each part, which the store compares on arrival
+    gs://     md5Hash, where the store has one
+    others    (file://, memory://) nothing is told, so the object is read back
+"""
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuppence.errors import UserError
+
+PART_BYTES = 16 << 20  # of a large object; four at a time are in memory
+PARTS_AT_ONCE = 4
+MOST_PARTS = 10_000
+S3_SECONDS = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
+KNOWN = ("s3", "gs", "file", "memory")
+READ_BYTES = 1 << 20
+S3_TAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+
+
+class Away(OSError):
+    """The store did not do what was asked of it: no network, no permission, not arrived whole."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What an object must be: its size, its sha256, and what the store will call its content."""
+
+    bytes: int
+    sha256: str
+    tag: str
+
+
+def is_url(text: str) -> bool:
+    """Whether a person's words name a bucket and not a folder."""
+    return "://" in text
+
+
+def protocol_of(url: str) -> str:
+    """The URL's first part. Raises UserError for stores that nothing here was written for."""
+    protocol = url.partition("://")[0]
+    if protocol not in KNOWN:
+        raise UserError(f"{url}: write s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
+    if not url.partition("://")[2].strip("/"):
+        raise UserError(f"{url}: name a bucket, such as {protocol}://my-bucket/runs")
+    return protocol
+
+
+class Store:
+    """The objects below one URL, by their names relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.protocol = url.rstrip("/"), protocol_of(url)
+        self._fs, self._root = _filesystem(self.url, self.protocol)
+        self._tags_compare = True
+        # S3's library asks for the size first where it may read in parts
+        self._in_one = {"max_concurrency": 1} if self.protocol == "s3" else {}
+
+    def reach(self) -> None:
+        """Raises UserError in one line where the bucket cannot be used at all."""
+        bucket = self._root.partition("/")[0]
+        try:
+            if self.protocol in ("s3", "gs") and not self._fs.exists(bucket):
+                self._fs.ls(bucket)  # says why
+            self._fs.find(self._root, maxdepth=1)
+        except FileNotFoundError:
+            if self.protocol in ("s3", "gs"):
+                raise UserError(
+                    f"{self.url}: there is no bucket {bucket}; make it, or correct the name"
+                ) from None
+        except Exception as error:  # each library has kinds of its own
+            raise UserError(f"{self.url}: {_advice(error, self.protocol)}") from error
+
+    def find(self, under: str = "") -> dict[str, int]:
+        """Every object's size by its name."""
+        with self._told("list"):
+            try:
+                found = self._fs.find(self._path(under), detail=True)
+            except FileNotFoundError:
+                return {}
+        cut = len(self._root) + 1
+        return {path[cut:]: int(info["size"]) for path, info in found.items()}
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly below."""
+        with self._told("list"):
+            try:
+                found = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(
+            i["name"].rstrip("/").rpartition("/")[2] for i in found if i["type"] == "directory"
+        )
+
+    def read(self, name: str) -> bytes | None:
+        """A small object's content, or None where there is none."""
+        with self._told(f"read {name} from"):
+            try:
+                content: bytes = self._fs.cat_file(self._path(name), **self._in_one)
+            except FileNotFoundError:
+                return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a small object, and see that it arrived."""
+        digest = self.digest_of(content)
+        with self._told(f"write {name} to"):
+            told = self._fs.pipe_file(self._path(name), content)
+        tag = told.get("ETag", "").strip('"') if isinstance(told, dict) else None
+        if not self._tags_compare or tag != digest.tag:  # S3's answer may have said it all
+            self._arrived(name, digest)
+
+    def probe(self, name: str, content: bytes) -> None:
+        """Write a small object and learn from it whether this bucket's ETags are MD5s."""
+        with self._told(f"write {name} to"):
+            self._fs.pipe_file(self._path(name), content)
+            told = self._fs.info(self._path(name))
+        if self.protocol == "s3":
+            self._tags_compare = told["ETag"].strip('"') == _md5(content).hexdigest()
+        self._arrived(name, self.digest_of(content))
+
+    def send(self, local: Path, name: str, digest: Digest) -> None:
+        """Send a file, and see that it arrived whole."""
+        options: dict[str, Any] = {}
+        if self.protocol == "s3":
+            options = {"chunksize": part_bytes(digest.bytes), "max_concurrency": PARTS_AT_ONCE}
+        with self._told(f"send {name} to"):
+            self._fs.put_file(str(local), self._path(name), **options)
+        self._arrived(name, digest)
+
+    def copy(self, name: str, to: str) -> None:
+        """Copy inside the store: nothing is sent."""
+        options = {"preserve_etag": True} if self.protocol == "s3" else {}
+        with self._told(f"copy {name} in"):
+            self._fs.cp_file(self._path(name), self._path(to), **options)
+
+    def fetch(self, name: str, local: Path) -> None:
+        """Bring an object. Raises FileNotFoundError where there is none."""
+        with self._told(f"fetch {name} from"):
+            self._fs.get_file(self._path(name), str(local))
+
+    def delete(self, name: str) -> None:
+        """Delete an object; that it is gone already is fine."""
+        with self._told(f"delete {name} from"):
+            try:
+                self._fs.rm_file(self._path(name))
+            except FileNotFoundError:
+                return
+
+    def drop_unfinished(self, under: str) -> None:
+        """Drop the parts of sends that a kill cut off: S3 keeps, and bills, them unseen."""
+        if self.protocol != "s3":
+            return
+        bucket, _, key = self._path(under).partition("/")
+        with self._told("list unfinished sends to"):
+            found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key + "/")
+            for each in found.get("Uploads", ()):
+                ids = {"Key": each["Key"], "UploadId": each["UploadId"]}
+                self._fs.call_s3("abort_multipart_upload", Bucket=bucket, **ids)
+
+    def holds(self, name: str, digest: Digest) -> bool:
+        """Whether an object is there with this size and, where it can be compared, this content."""
+        with self._told(f"look at {name} on"):
+            try:
+                info = self._fs.info(self._path(name))
+                if info.get("type") != "file" or info["size"] != digest.bytes:
+                    return False
+                if self.protocol == "s3":
+                    return self._same_tag(info["ETag"].strip('"'), digest.tag)
+                if self.protocol == "gs":
+                    return str(info.get("md5Hash") or digest.tag) == digest.tag
+                with self._fs.open(self._path(name), "rb") as there:
+                    return _read(there, self.protocol).sha256 == digest.sha256
+            except FileNotFoundError:
+                return False
+
+    def digest(self, local: Path) -> Digest:
+        """Of a local file, read once."""
+        with local.open("rb") as content:
+            return _read(content, self.protocol, local.stat().st_size)
+
+    def digest_of(self, content: bytes) -> Digest:
+        """Of a small object, which is sent in one piece."""
+        return _read(io.BytesIO(content), self.protocol)
+
+    def _same_tag(self, told: str, expected: str) -> bool:
+        """A tag of another form than ours says nothing of the content."""
+        same_form = S3_TAG.fullmatch(told) and told[32:] == expected[32:]
+        return not self._tags_compare or not same_form or told == expected
+
+    def _arrived(self, name: str, digest: Digest) -> None:
+        if not self.holds(name, digest):
+            raise Away(f"{name} did not arrive whole at {self.url}")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """One kind of error for all that the libraries raise."""
+        try:
+            yield
+        except Away:
+            raise
+        except FileNotFoundError as error:
+            if doing.startswith("fetch"):
+                raise
+            raise Away(f"cannot {doing} {self.url}: not found") from error
+        except Exception as error:  # each library has kinds of its own
+            raise Away(f"cannot {doing} {self.url}: {_reason(error)}") from error
+
+
+def _filesystem(url: str, protocol: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path on it. Nothing is asked of the network yet."""
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    options |= {"auto_mkdir": True} if protocol == "file" else {}
+    options |= {"config_kwargs": dict(S3_SECONDS)} if protocol == "s3" else {}
+    try:
+        import fsspec
+
+        filesystem, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError:
+        raise UserError(
+            f"{url} needs libraries that are not installed: pip install 'tuppence[bucket]'"
+        ) from None
+    except Exception as error:  # a library looks for credentials when it is made
+        raise UserError(f"{url}: {_advice(error, protocol)}") from error
+    return filesystem, str(root).rstrip("/")
+
+
+def part_bytes(size: int) -> int:
+    """Bytes of each part of a send: as usual, or more where the parts would be too many."""
+    part = PART_BYTES
+    while size > part * MOST_PARTS:
+        part *= 2
+    return part
+
+
+def _read(content: BinaryIO, protocol: str, size: int = 0) -> Digest:
+    """sha256 and the store's tag of a content, in one pass."""
+    part = part_bytes(size)
+    in_parts = protocol == "s3" and size >= 2 * part  # below it the library sends one piece
+    sha256, md5s, count = hashlib.sha256(), [_md5()], 0
+    while block := content.read(READ_BYTES):  # of which a part holds a whole number
+        if in_parts and count and count % part == 0:
+            md5s.append(_md5())
+        sha256.update(block)
+        if protocol in ("s3", "gs"):
+            md5s[-1].update(block)
+        count += len(block)
+    return Digest(count, sha256.hexdigest(), _tag(md5s, protocol))
+
+
+def _tag(md5s: list[Any], protocol: str) -> str:
+    """What the store calls a content whose parts have these MD5s."""
+    if protocol == "gs":
+        return base64.b64encode(md5s[0].digest()).decode()
+    if len(md5s) == 1:
+        return str(md5s[0].hexdigest())
+    return f"{_md5(b''.join(md5.digest() for md5 in md5s)).hexdigest()}-{len(md5s)}"
+
+
+def _md5(content: bytes = b"") -> Any:
+    return hashlib.md5(content, usedforsecurity=False)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _advice(error: Exception, protocol: str) -> str:
+    """What a person can do about a bucket that cannot be used at the start."""
+    name = type(error).__name__
+    where = "environment or ~/.aws" if protocol == "s3" else "gcloud auth application-default login"
+    if "Credential" in name or "credential" in str(error).lower():
+        return f"no credentials ({_reason(error)}); give them the library's own way ({where})"
+    if isinstance(error, PermissionError):
+        return f"these credentials may not use it ({_reason(error)}); see the bucket's policy"
+    return f"cannot be reached ({_reason(error)}); check the network and the address"

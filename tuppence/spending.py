@@ -1,0 +1,407 @@
+"""The second half of the main job: spent. A run is taken to its end from wherever it stands.
+
+What is not planned is planned, what is not prepared is prepared, what was begun is resumed, and
+every second of it is charged. Of many ranks the lead does this, and tells the others what it came
+to; a run that lives on a bucket is brought here first, and sent there as it goes.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tuppence import bucket, config, host, origin
+from tuppence.bucket import Mirror
+from tuppence.config import Budget, Plan, Run
+from tuppence.errors import DoesNotFit, Fault, UserError
+from tuppence.folder import RunFolder, RunLock
+from tuppence.ledger import Meter
+from tuppence.pipeline import (
+    asked,
+    device_of,
+    prepared,
+    refuse_warnings,
+    runs_root,
+    say,
+    solved,
+    surveyed,
+    threads_of,
+)
+from tuppence.plan import hardware
+from tuppence.plan.describe import plan_text
+from tuppence.plan.estimate import rounds
+from tuppence.train.pace import finish_seconds
+
+STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
+UPLOAD_SECONDS = 600.0  # for what is left to send when a run is over
+GRACE_SECONDS = 20.0  # for the same after a signal: clouds give 30 s and more
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, where. `ranks` is None for a process alone, `url` for a run that lives
+    here; `finish` is called when the run has ended, before its folder is sent to a bucket."""
+
+    args: Namespace
+    wanted: Run
+    folder: RunFolder
+    thread_settings: dict[str, str]
+    ranks: Any
+    url: str | None
+    finish: Callable[[RunFolder], object]
+
+
+def spend(
+    args: Namespace, finish: Callable[[RunFolder], object] = lambda folder: None
+) -> tuple[RunFolder, bool]:
+    """Take the run to its end, from wherever it is; True where it was there already.
+
+    `finish` is called once it has ended.
+    """
+    wanted = asked(args)
+    settings = host.settle_threads(threads_of(wanted))
+    folder = RunFolder(runs_root(args) / str(wanted.name))
+    url = f"{args.runs.rstrip('/')}/{wanted.name}" if bucket.is_url(args.runs) else None
+    job = Job(args, wanted, folder, settings, None, url, finish)
+    if host.world_size() == 1:
+        return folder, _spend(job)
+    from tuppence.ranks import join
+
+    ranks = join(device_of(wanted))
+    if not ranks.lead:
+        _follow(args, wanted, ranks)
+    code = Fault.exit_code
+    try:
+        there = _spend(dataclasses.replace(job, ranks=ranks))
+        code = 0
+    except (UserError, DoesNotFit) as error:
+        code = error.exit_code
+        raise
+    finally:
+        ranks.tell("attempt", {"exit": code})  # to those who have not begun
+    ranks.part()
+    return folder, there
+
+
+def _spend(job: Job) -> bool:
+    """Whether there was nothing to do."""
+    args, wanted, folder = job.args, job.wanted, job.folder
+    if job.url is not None:
+        bucket.restore(folder, job.url)
+    begun = _attempts(folder)
+    if folder.exists() and not args.fresh:
+        _check_same_run(folder, wanted)
+        if any(event["code"] == "end" for event in folder.rows("events")):
+            return True
+    draft = None
+    if args.fresh or not folder.file("plan.json").exists():
+        draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is touched before
+        refuse_warnings(draft.warnings, args)
+    if args.fresh and folder.path.exists():
+        with RunLock(folder):
+            kept = _set_aside(folder.path)
+        say(f"--fresh: {folder.path} is kept as {kept}")
+        begun = begun if job.url is not None else 0
+    was_there = folder.path.exists()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with RunLock(folder):
+            _attempt(job, draft, begun + 1)
+    except (UserError, DoesNotFit):
+        if not was_there and not folder.file("metrics.jsonl").exists():
+            shutil.rmtree(folder.path)  # nothing was trained: leave the name free
+        raise
+    return False
+
+
+def _attempts(folder: RunFolder) -> int:
+    """The highest number of an attempt that was begun, here or as a bucket told."""
+    starts = [e for e in folder.rows("events") if e["code"] in ("start", "resume")]
+    claimed = folder.read_json("attempt.json")
+    there = bucket.attempts_begun(folder)
+    return max(len(starts), claimed["attempt"] if claimed else 0, there)
+
+
+def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
+    """One attempt, charged from the process's start to its end."""
+    folder = job.folder
+    frozen = folder.plan() if draft is None else draft
+    meter = Meter(
+        folder,
+        usd_per_hour=frozen.machine.usd_per_hour,
+        attempt=attempt,
+        start=host.process_start(),
+    )
+    allowance, mirror, ended = STOP_SECONDS, None, False
+    try:
+        made, frozen = _prepare_and_plan(job, draft, meter)
+        say(plan_text(frozen))
+        _record_environment(folder, attempt, made, job.thread_settings)
+
+        from tuppence import checkpoint
+        from tuppence.train.loop import train as train_loop
+
+        host.forget_peak_rss()  # measuring the machine is not the run's
+        fence = checkpoint.claim(folder, attempt)
+        if job.url is not None:
+            mirror = _mirror(folder, job.url, frozen)
+        if job.ranks is not None:
+            job.ranks.tell("attempt", _told(folder, frozen, made, attempt))
+        done = train_loop(
+            frozen,
+            folder,
+            made,
+            meter=meter,
+            attempt=attempt,
+            ranks=job.ranks,
+            fence=fence,
+            committed=lambda path: mirror.checkpoint(path) if mirror else None,
+            alive=lambda: _lag(mirror) if mirror else 0.0,
+        )
+        if mirror is not None:
+            _wait_for(mirror, meter, frozen)
+        folder.event("end", "finished", attempt=attempt, peak_memory_gib=done.peak_memory_gib)
+        left = meter.seconds_left(usd=frozen.budget.usd, hours=frozen.budget.hours)
+        allowance = min(finish_seconds(frozen, done.steps), max(left, STOP_SECONDS))
+        ended = True
+    finally:
+        meter.close(allowance=allowance)
+        folder.close()
+        if mirror is not None and not ended:
+            mirror.close(GRACE_SECONDS)
+    job.finish(folder)
+    if mirror is not None:
+        mirror.close(UPLOAD_SECONDS)
+    if done.step_seconds is not None and not frozen.machine.compile and job.ranks is None:
+        _learn(frozen, done.step_seconds)
+
+
+def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path, Plan]:
+    """The shards, and the plan that this run keeps from its first attempt on."""
+    wanted, folder = job.wanted, job.folder
+    if not folder.exists():
+        folder.write_json("run.json", dataclasses.asdict(wanted))
+    if draft is not None and not draft.data.exact:
+        say(plan_text(draft))  # preparing may take long: here is what it is for
+    with meter.phase("prepare"):
+        within = _Within(meter, wanted.budget)
+        made, data = prepared(wanted, Path(job.args.data), fresh=False, tick=within.check)
+    if draft is None:
+        frozen = folder.plan()
+        if data.inputs_sha256 != frozen.data.inputs_sha256:
+            raise UserError(
+                f"data.source={data.source} has changed since {folder.path} was planned; restore "
+                f"it, or train another run (name=... or --fresh)"
+            )
+        return made.folder, frozen
+    if dataclasses.replace(draft.data, inputs_sha256=data.inputs_sha256) == data:
+        frozen = dataclasses.replace(draft, data=data)
+    else:
+        frozen = solved(wanted, data, spent_seconds=meter.seconds())
+        refuse_warnings(frozen.warnings, job.args)
+    _freeze(folder, frozen, shlex.join(["tuppence", *job.args.argv]))
+    _warn_of_tokens(folder, frozen, made.folder / "tokenizer")
+    return made.folder, frozen
+
+
+# ---------------------------------------------------------------- many ranks
+
+
+def _told(folder: RunFolder, plan: Plan, data: Path, attempt: int) -> dict[str, Any]:
+    """What the other ranks need to know."""
+    return {
+        "plan": dataclasses.asdict(plan),
+        "run": str(folder.path.resolve()),
+        "data": str(data.resolve()),
+        "attempt": attempt,
+    }
+
+
+def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
+    """Train beside the lead, as it says; then this process has nothing to say for itself."""
+    told = ranks.told("attempt", dict)
+    if "exit" in told:
+        if not told["exit"]:  # there was nothing to do: the lead leaves with the others
+            ranks.part()
+        raise SystemExit(told["exit"])
+    from tuppence.train.loop import train as train_loop
+
+    folder, data = RunFolder(Path(told["run"]), writes=False), Path(told["data"])
+    if not folder.exists():
+        raise Fault(
+            f"rank {ranks.rank} on {platform.node()} does not see {folder.path}; ranks on several "
+            f"nodes share one run folder: give --runs a folder that all nodes mount"
+        )
+    if not (data / "manifest.json").exists():
+        data = _prepared_here(wanted, args, ranks)
+    plan = config.from_json(Plan, json.dumps(told["plan"]))
+    meter = Meter(
+        folder,
+        usd_per_hour=plan.machine.usd_per_hour,
+        attempt=told["attempt"],
+        start=host.process_start(),
+    )
+    train_loop(plan, folder, data, meter=meter, attempt=told["attempt"], ranks=ranks)
+    ranks.part()
+    raise SystemExit(0)
+
+
+def _prepared_here(wanted: Run, args: Namespace, ranks: Any) -> Path:
+    """The shards, on a node that does not see the lead's: made by the first of its ranks."""
+    node = ranks.rank // ranks.local_world
+
+    def made() -> str:
+        return str(prepared(wanted, Path(args.data), fresh=False)[0].folder.resolve())
+
+    return Path(ranks.told(f"data of node {node}", made, by=node * ranks.local_world))
+
+
+# ---------------------------------------------------------------- a bucket
+
+
+def _mirror(folder: RunFolder, url: str, plan: Plan) -> Mirror:
+    from tuppence.checkpoint import Retention
+
+    keep = Retention(plan.cadence.keep_last, plan.cadence.keep_every_steps)
+    return Mirror(folder, url, is_milestone=keep.is_milestone)
+
+
+def _lag(mirror: Mirror) -> float:
+    """Between steps: send what changed, hear of a newer attempt; how far the bucket lies behind."""
+    mirror.check()
+    mirror.beat()
+    return mirror.lag()
+
+
+def _wait_for(mirror: Mirror, meter: Meter, plan: Plan) -> None:
+    """Let what was saved arrive on the bucket, as long as the budget lasts."""
+    reserve = 2 * plan.cadence.finish_seconds
+    with meter.phase("save"):
+        while mirror.lag():
+            if meter.seconds_left(usd=plan.budget.usd, hours=plan.budget.hours) < reserve:
+                return
+            time.sleep(0.02)
+            meter.beat()
+
+
+# ---------------------------------------------------------------- around an attempt
+
+
+class _Within:
+    """Keeps a preparation alive in the ledger, and inside the budget."""
+
+    def __init__(self, meter: Meter, budget: Budget) -> None:
+        self.meter, self.budget = meter, budget
+
+    def check(self) -> None:
+        self.meter.beat()
+        if self.meter.seconds_left(usd=self.budget.usd, hours=self.budget.hours) < STOP_SECONDS:
+            raise DoesNotFit(
+                f"the budget was spent after {self.meter.seconds():.0f} s, before the data was "
+                f"prepared; prepare it first (tuppence prepare with the same words), or give more"
+            )
+
+
+def _warn_of_tokens(folder: RunFolder, plan: Plan, tokenizer: Path) -> None:
+    """Say it where the weights that the run starts from know other tokens."""
+    found = None if plan.init is None else origin.other_tokenizer(plan.init.path, tokenizer)
+    if found is not None:
+        folder.event(found.code, found.message)
+        say(f"warning   {found.message} [{found.code}]")
+
+
+def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
+    folder.write_json("plan.json", dataclasses.asdict(found))
+    folder.file("argv.txt").write_text(words + "\n", encoding="utf-8")
+
+
+def _check_same_run(folder: RunFolder, wanted: Run) -> None:
+    """A folder holds one run: other overrides are another run."""
+    there, now = config.asked(folder.run()), config.asked(wanted)
+    odd = [k for k in {**there, **now} if there.get(k) != now.get(k)]
+    if odd:
+        raise UserError(
+            f"{folder.path} holds a run with {odd[0]}={there.get(odd[0])}, not "
+            f"{now.get(odd[0])}; give this one a name (name=...), or --fresh to start over"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a folder to the first free NAME.1, NAME.2, ..."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    os.replace(path, kept)
+    return kept
+
+
+def _record_environment(
+    folder: RunFolder, attempt: int, data_folder: Path, settings: dict[str, str]
+) -> None:
+    """env.json: what the run ran on; the newest attempt's, with the earlier ones below."""
+    import numpy
+    import safetensors
+    import torch
+
+    before = folder.read_json("env.json")
+    folder.write_json(
+        "env.json",
+        {
+            "attempt": attempt,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "safetensors": safetensors.__version__,
+            },
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpu": host.cpu_name(),
+            "usable_cores": host.usable_cores(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "thread_settings": settings,
+            "process_start": host.process_start(),
+            "code_sha256": host.code_sha256(),
+            "git": _git_commit(),
+            "data_folder": str(data_folder.resolve()),
+            "earlier_attempts": [] if before is None else [*before.pop("earlier_attempts"), before],
+        },
+    )
+
+
+def _git_commit() -> str | None:
+    """The commit of the source, where it runs from a checkout and git is there."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _learn(done: Plan, step_seconds: float) -> None:
+    """Keep the step time that a run really had, for the next plan of the same shape."""
+    kept = hardware.load_calibration(done.machine.device, done.machine.threads)
+    if kept is None:
+        return
+    key = hardware.shape_key(done.model, done.step.micro_batch, done.step.workers)
+    way = (done.machine.precision, done.machine.attention)
+    same = [t for t in kept.timings.get(key, ()) if (t.precision, t.attention) == way]
+    if not same or step_seconds <= same[-1].update_seconds:
+        return
+    one_round = (step_seconds - same[-1].update_seconds) / rounds(done.step)
+    learned = dataclasses.replace(same[-1], round_seconds=one_round, source="seen in a run")
+    hardware.save_calibration(kept.with_timings(key, [learned]))

@@ -1,0 +1,112 @@
+"""Going back to older weights, with other data, when skipping steps has not helped (guard.py)."""
+
+from dataclasses import replace
+
+from tuppence import checkpoint
+from tuppence.checkpoint import State
+from tuppence.errors import Fault
+from tuppence.folder import RunFolder
+from tuppence.model import build
+from tuppence.train.draws import work_of
+from tuppence.train.guard import Rewinds, Trouble
+from tuppence.train.saving import saved
+from tuppence.train.setup import FIRST_STATE, Trainer, first_weights, restore
+
+
+def rewinds_of(state: State) -> Rewinds:
+    """What the state remembers of rewinds."""
+    return Rewinds(state.skipped_batches, state.rewound_steps, state.trouble_step, state.back_to)
+
+
+def rewind(trainer: Trainer) -> None:
+    """Take the newest older weights that are whole and finite, and leave out the batches since.
+
+    Raises Fault where there are none, or none that the run can afford.
+    """
+    saved(trainer)
+    state, before = trainer.state, rewinds_of(trainer.state)
+    trouble = Trouble(state.step, state.bad_steps, state.progress, trainer.skipped)
+    told = f"rewind {before.rewound_steps} from {state.step}"
+    target, best, refusal = trainer.ranks.told(told, lambda: _chosen(trainer, before, trouble))
+    if target is None:
+        trainer.folder.event("stopped_by_guard", refusal, step=state.step)
+        raise Fault(refusal)
+    after = before.after(trouble, target)
+    there = _load(trainer, target)
+    trainer.state = replace(
+        there,
+        best_step=best,
+        best_val_loss=there.best_val_loss if best == there.best_step else None,
+        attempt=state.attempt,
+        began_seconds=state.began_seconds,
+        micro_batch=state.micro_batch,
+        finished=False,
+        evaluation_due=False,
+        bad_steps=0,
+        skipped_batches=after.skipped_batches,
+        rewound_steps=after.rewound_steps,
+        trouble_step=after.trouble_step,
+        back_to=after.back_to,
+    )
+    trainer.saved_step = target or -1
+    trainer.pace.work = work_of(trainer.plan, after.skipped_batches)
+    trainer.lead.forget()
+    first, last = before.batch(target), before.batch(state.step) - 1
+    message = (
+        f"back from step {state.step} to step {target} ({trainer.skipped}); batches {first} to "
+        f"{last} are left out"
+    )
+    trainer.folder.event("rewind", message, step=target, from_step=state.step)
+    trainer.live.say(message)
+
+
+def _chosen(
+    trainer: Trainer, before: Rewinds, trouble: Trouble
+) -> tuple[int | None, int | None, str]:
+    """The lead's choice of a step, the best one that is left, and why there is none. What is newer
+    than the choice is no way back and goes."""
+    folder = trainer.folder
+    steps = [checkpoint.step_of(path) for path in checkpoint.complete(folder)]
+    there = [step for step in steps if _foreseen(trainer, step)]
+    targets = before.targets(trouble, there)
+    target = next((step for step in targets if step == 0 or _sound(folder, step)), None)
+    if target is not None:
+        checkpoint.drop_later(folder, target)
+    if target:
+        path = folder.checkpoints / checkpoint.name_of(target)
+        checkpoint.mend_pointers(folder, path, checkpoint.state_of(path))
+    best = checkpoint.pointer(folder, "best")
+    rate = trainer.plan.optimizer.learning_rate
+    refusal = before.refusal(trouble, steps, learning_rate=rate)
+    return target, best.step if best else None, refusal
+
+
+def _foreseen(trainer: Trainer, step: int) -> bool:
+    """Where steps are counted a run must go back to the same step whatever interrupted it: not to
+    one that was saved at a signal."""
+    every = trainer.plan.cadence.save_every_steps
+    return trainer.pace.timed or (every is not None and step % every == 0)
+
+
+def _sound(folder: RunFolder, step: int) -> bool:
+    """Whether a checkpoint is what was written, and every weight in it finite."""
+    path = folder.checkpoints / checkpoint.name_of(step)
+    try:
+        checkpoint.verify(path)
+    except Fault as error:
+        folder.event("checkpoint_damaged", str(error), path=path.name)
+        return False
+    return all(bool(weight.isfinite().all()) for weight in checkpoint.consolidated(path).values())
+
+
+def _load(trainer: Trainer, step: int) -> State:
+    """Weights, moments and state of a checkpoint; of step 0 the first weights."""
+    if step:
+        path = trainer.folder.checkpoints / checkpoint.name_of(step)
+        return restore(path, trainer.parallel, trainer.optimizers)
+    model = build(trainer.plan.model)
+    first_weights(model, trainer.plan)
+    trainer.parallel.take(dict(model.named_parameters()))
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+    return FIRST_STATE
