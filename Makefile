@@ -20,7 +20,7 @@ bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, 
 	$(BIN)/python bench/prepare.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(CORPUS),--corpus $(CORPUS))
 	$(BIN)/python bench/budget_sweep.py
 	$(BIN)/python bench/contention.py
-	$(BIN)/python bench/kill.py
+	$(BIN)/python bench/reliability.py --kills 20
 	$(BIN)/python bench/planner_accuracy.py
 	$(BIN)/python bench/fit_throughput.py --leave-out shape
 	$(BIN)/python bench/fit_throughput.py --leave-out framework

@@ -23,8 +23,8 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     made: list[RunFolder] = []
     begin = RunFolder.__init__
 
-    def noted(self: RunFolder, path: Path) -> None:
-        begin(self, path)
+    def noted(self: RunFolder, path: Path, **kind: bool) -> None:
+        begin(self, path, **kind)
         made.append(self)
 
     monkeypatch.setattr(RunFolder, "__init__", noted)

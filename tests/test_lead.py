@@ -196,6 +196,24 @@ def test_ahead_counts_the_step_that_is_still_to_be_taken(case_of: Any) -> None:
         assert ahead.progress > paces[0].next(7).progress  # type: ignore[union-attr]
 
 
+def test_what_took_long_makes_a_decision_stale(case_of: Any, unheard: None) -> None:
+    case = case_of(random.Random(0), 600, 500)
+    clock = Clock(case.plan.machine.usd_per_hour)
+    pace = Pace(case.plan, clock)  # type: ignore[arg-type]
+    lead = Lead(Ranks(0, 2), pace, Interrupt())
+    for step in range(10):
+        lead.next(step)
+        clock.time += pace.step_seconds()
+    ahead = pace.next(10)
+    assert ahead is not None
+    clock.time += 300.0
+    assert pace.next(10).progress > ahead.progress + 0.4  # type: ignore[union-attr]
+    lead.forget()
+    assert lead.next(10) == pace.next(10)
+    clock.time += 100.0
+    assert lead.next(11).progress < pace.next(11).progress - 0.1  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_steps_are_counted_as_alone(steps: int, solved: Any, unheard: None) -> None:
     plan = solved(Budget(steps=steps))
@@ -217,7 +235,7 @@ def paced(plan: Plan, folder: Path) -> None:
     """A run in simulated time on each of two ranks, whose clocks and steps have nothing in common;
     then one in which each rank in its turn gets a signal."""
     ranks = join("cpu")
-    clock = Clock(plan.machine.usd_per_hour, 3.0 if ranks.lead else 200.0)
+    clock = Clock(plan.machine.usd_per_hour, 3.0 if ranks.lead else 20.0)
     draw, took = random.Random(ranks.rank), 1.0 if ranks.lead else 5.0
     pacing.time = SimpleNamespace(monotonic=lambda: clock.time)  # type: ignore[assignment]
     lead, heard = Lead(ranks, Pace(plan, clock), Interrupt()), []  # type: ignore[arg-type]
@@ -285,11 +303,13 @@ def both(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     return [torch.load(folder / f"paced {r}.pt", weights_only=False) for r in range(2)]
 
 
-def test_all_ranks_hear_the_same(both: list[dict[str, Any]]) -> None:
+def test_all_ranks_hear_the_same(both: list[dict[str, Any]], plan: Plan) -> None:
     heard = both[0]["heard"]
     assert heard == both[1]["heard"]
+    leads = Pace(plan, Clock(plan.machine.usd_per_hour, 3.0))  # type: ignore[arg-type]
+    assert heard[0][0] == leads.next(0)
     assert heard[-1][0] == Turn(1.0, True)
-    assert 30 < len(heard) < 60  # by the lead's clock; the other's was spent before the first step
+    assert 30 < len(heard) < 60  # by the lead's clock; the other's was spent after ten
     for column in (1, 2):  # room to evaluate, a save that is due: both happen, neither always
         assert {turn[column] for turn in heard} == {True, False}
 

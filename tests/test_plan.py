@@ -193,6 +193,7 @@ def test_a_tiny_budget_does_not_fit(world: World, word: str) -> None:
         ("machine.instance_type=p5.48xlarge", r"machine\.instance_type=p5"),
         ("machine.spot=on", r"machine\.spot=True"),
         ("budget.tokens=511", r"budget\.tokens=511 is less than one batch of 512"),
+        ("machine.disk_gb=0.0001", r"machine\.disk_gb=0\.0001 is too little for three checkpoints"),
         ("machine.gpu_count=8", r"machine\.gpu_count=8: this machine has no CUDA GPU"),
         ("train.micro_batch=1024", r"train\.micro_batch=1024 needs 0\.7 GiB, .* has 0\.5"),
         ("model.n_layer=4000", r"needs \d+\.\d GiB, this machine has 0\.5; lower"),

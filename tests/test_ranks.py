@@ -25,7 +25,7 @@ import pytest
 import torch
 from gloo import PATIENCE, Started, command, poisoned, start, struck
 
-from tuppence import checkpoint, config
+from tuppence import checkpoint, config, host, recipes
 from tuppence.config import DataPlan, Run, Train
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder
@@ -52,9 +52,28 @@ TINY = [
     "train.save_every=5",
     "train.eval_every=12",
 ]
+OTHERS = {  # what they draw (noise, iterations, dropout) is the global batch's, on every rank
+    "ddp": [
+        "model.family=looped",
+        "model.n_layer=none",
+        "model.exportable=none",
+        "model.n_prelude=1",
+        "model.n_recurrent=1",
+        "model.n_coda=1",
+        "model.mean_recurrence=3",
+        "model.max_recurrence=5",
+    ],
+    "fsdp": [
+        "model.family=gpt2",
+        "model.exportable=none",
+        "model.dropout=0.1",
+        "train.attention=matmul",
+        "train.learning_rate=0.01",
+    ],
+}
 WORDS = ["train", "shakespeare", f"budget.steps={STEPS}", *TINY]
-AGENT = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-LOSS = 2e-3  # nats, of every step and evaluation: what adding up in another order comes to
+AGENT = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+LOSS = 3e-4  # nats, of every step and evaluation: adding up in another order came to 4e-5 here
 
 Command = Callable[..., Started]
 
@@ -65,12 +84,14 @@ def home(
 ) -> Path:
     """Where all runs of this module are, with what is known of the machine: nothing is measured."""
     home = tmp_path_factory.mktemp("home")
-    known = replace(calibration, threads=1, torch=torch.__version__)
-    asked = config.override(Run(name="x"), [*WORDS[2:], "data.source=x", "data.tokenizer=char"])
-    for ranks in (1, 2, 4):
+    known = replace(calibration, name=host.cpu_name(), threads=1, torch=torch.__version__)
+    each = [WORDS[2:], *([*WORDS[2:], *words] for words in OTHERS.values())]
+    for words, ranks in itertools.product(each, (1, 2, 4)):
+        asked = config.override(recipes.get("shakespeare"), words)
         found = solve(asked, data_plan, known, ranks=ranks)
         micro, workers = found.step.micro_batch, found.step.workers
-        timing = Timing("fp32", "sdpa", False, micro, workers, 8e-3, 4e-3, 2e-3, "of a test")
+        how = str(asked.train.attention)
+        timing = Timing("fp32", how, False, micro, workers, 8e-3, 4e-3, 2e-3, "of a test")
         known = known.with_timings(hardware.shape_key(found.model, micro, workers), [timing])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
@@ -134,6 +155,7 @@ def check_close(run: RunFolder, other: RunFolder) -> None:
     ours, theirs = column(run, "loss", "evals"), column(other, "loss", "evals")
     assert len(ours) == 2
     assert ours == pytest.approx(theirs, abs=LOSS)
+    assert column(run, "tokens", "evals") == column(other, "tokens", "evals")
 
 
 def check_same(run: RunFolder, other: RunFolder) -> None:
@@ -167,13 +189,15 @@ def test_two_ranks_are_one_process(finished: dict[str, RunFolder]) -> None:
     assert len(checkpoint.manifest(checkpoint.choose(finished["two"], "last")).files) == 5
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_other_ways_to_spread_are_one_process(
-    how: str, finished: dict[str, RunFolder], ranks: Command, home: Path
+@pytest.mark.parametrize("how", OTHERS)
+def test_other_families_and_ways_to_spread_are_one_process(
+    how: str, ranks: Command, home: Path
 ) -> None:
-    ended(ranks(2, [*WORDS, f"name={how}", f"train.parallel={how}"]), 0, 0)
+    words = [*WORDS, *OTHERS[how]]
+    ended(ranks(1, [*words, f"name={how} alone"]), 0)
+    ended(ranks(2, [*words, f"name={how}", f"train.parallel={how}"]), 0, 0)
     run = RunFolder(home / "runs" / how)
-    check_close(run, finished["one"])
+    check_close(run, RunFolder(home / f"runs/{how} alone"))
     assert run.plan().machine.parallel == how
 
 
@@ -356,13 +380,18 @@ def torchrun(home: Path, *words: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_runs_to_one_receipt(finished: dict[str, RunFolder], home: Path) -> None:
+def test_torchrun_starts_again_and_runs_to_one_receipt(
+    finished: dict[str, RunFolder], home: Path
+) -> None:
     process = torchrun(home, "run", *WORDS[1:], "name=agent")
+    run = RunFolder(home / "runs/agent")
+    while process.poll() is None and not [*run.rows("metrics")]:
+        time.sleep(0.002)
+    os.kill(run.read_json("heartbeat.json")["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert out.count("receipt   agent: spent") == 1
-    assert err.count("plan      agent: spend") == 1
-    run = RunFolder(home / "runs/agent")
+    assert codes_of(run)["start"] + codes_of(run)["resume"] == 2
     check_same(run, finished["two"])  # forked ranks are ranks
     check_one_bill(run)
     assert run.read_json("receipt.json")["budget"]["fraction"] == 1.0
@@ -390,7 +419,7 @@ def test_time_budgets_end_within_on_two_ranks(finished: Any, ranks: Command, hom
     words = [
         "run",
         "shakespeare",
-        "budget.hours=0.005",
+        "budget.hours=0.0025",
         *TINY[:-2],
         "name=timed",
         "train.warmup=0.1",
@@ -398,7 +427,7 @@ def test_time_budgets_end_within_on_two_ranks(finished: Any, ranks: Command, hom
     started = ranks(2, words)
     ended(started, 0, 0)
     run = RunFolder(home / "runs/timed")
-    assert spent(run).seconds <= 18.0
+    assert spent(run).seconds <= 9.0
     rows = run.latest("metrics")
     assert rows[-1]["progress"] == 1.0
     plan = run.plan()

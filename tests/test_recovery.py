@@ -59,17 +59,20 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_is_the_same_run() -> None:
-    """bench/kill.py compares every loss, every token hash, evaluations and final weights."""
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_killed_again_and_again_it_is_the_same_run(tmp_path: Path, ranks: str) -> None:
+    """The bench compares every loss, every token hash, evaluations and final weights."""
+    kind = ["--ranks", ranks, "--families", "depth", "--steps", "100"]
+    command = ["bench/reliability.py", "--kills", "3", *kind, "--out", str(tmp_path / "out.jsonl")]
     done = subprocess.run(
-        [sys.executable, "bench/kill.py", "--kills", "4", "budget.steps=300"],
+        [sys.executable, *command],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"kills": 4' in done.stdout
+    assert "3 of 3 `kill -9`" in done.stdout
 
 
 def test_sigint_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def promised() -> Predicted:
         save_seconds=1.0,
         peak_memory_gib=around(0.5),
         checkpoint_bytes=1_000_000,
+        disk_bytes=4 * 1_000_000,
         epochs=0.33,
         val_loss=Interval(1.9, 2.0, 2.1),
         val_loss_source="fit of 5 runs of this recipe",

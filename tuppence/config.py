@@ -350,6 +350,7 @@ class Predicted:
     save_seconds: float
     peak_memory_gib: Interval
     checkpoint_bytes: int
+    disk_bytes: int
     epochs: float
     val_loss: Interval | None
     val_loss_source: str

@@ -9,6 +9,8 @@ gives two answers, and a rank that goes another way leaves the others waiting fo
 
 import json
 import re
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +26,7 @@ from tuppence.errors import Fault
 
 MEET_SECONDS = 1800.0  # for all ranks to arrive: a node may still be booting
 WAIT_SECONDS = 7 * 86400.0  # for the lead, who may be preparing a corpus
+POLL_SECONDS = 0.02
 STUCK_SECONDS = 3600.0  # after which a collective gives up, should the watchdog not have
 
 CUT_OFF = r"gloo|nccl|connection|socket|peer|broken pipe|process group"  # in the libraries' words
@@ -104,6 +107,7 @@ def join(device: str) -> Ranks:
     try:
         wait = timedelta(seconds=MEET_SECONDS)
         store, rank, world = next(iter(rendezvous("env://", timeout=wait)))
+        store = PrefixStore(_session(store, rank, world), store)
         if device == "cuda":
             torch.cuda.set_device(host.local_rank())
         dist.init_process_group(
@@ -117,6 +121,32 @@ def join(device: str) -> Ranks:
         raise Fault(f"the ranks did not meet: {error}; start them with torchrun") from error
     store = PrefixStore("tuppence", store)
     return Ranks(rank, world, host.local_rank(), host.local_world(), store)
+
+
+def _session(store: Any, rank: int, world: int) -> str:
+    """A name that only the ranks of this start know. Where torchrun starts ranks again, its store
+    still has what those before have told, and nothing that it gives tells one start from another.
+
+    A rank calls with a word of its own; the lead answers whatever call is there, and is done when
+    every rank has heard the name.
+    """
+    call, answer, heard = "call of {}", "answer to {}", "{} heard by {}"
+    if rank:
+        mine = secrets.token_hex(8)
+        store.set(call.format(rank), mine)
+        name: str = store.get(answer.format(mine)).decode()
+        store.set(heard.format(name, rank), "")
+        return name
+    name, missing = secrets.token_hex(8), set(range(1, world))
+    deadline = time.monotonic() + MEET_SECONDS
+    while missing := {r for r in missing if not store.check([heard.format(name, r)])}:
+        for other in sorted(missing):
+            if store.check([call.format(other)]):
+                store.set(answer.format(store.get(call.format(other)).decode()), name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} did not come in {MEET_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+    return name
 
 
 def is_cut_off(error: RuntimeError) -> bool:

@@ -145,6 +145,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
     try:
         made, frozen = _prepare_and_plan(job, draft, meter)
         say(plan_text(frozen))
+        _warn_of_disk(folder, frozen)
         _record_environment(folder, attempt, made, job.thread_settings)
 
         from tuppence import checkpoint
@@ -317,6 +318,19 @@ def _warn_of_tokens(folder: RunFolder, plan: Plan, tokenizer: Path) -> None:
     if found is not None:
         folder.event(found.code, found.message)
         say(f"warning   {found.message} [{found.code}]")
+
+
+def _warn_of_disk(folder: RunFolder, plan: Plan) -> None:
+    """Say it where the disk has less room than checkpoints will take; they then go sooner."""
+    taken = sum(p.stat().st_size for p in folder.checkpoints.rglob("*") if p.is_file())
+    free = shutil.disk_usage(folder.path).free
+    if taken + free < plan.predicted.disk_bytes:
+        message = (
+            f"{free / 1e9:.2f} GB are free, checkpoints will want "
+            f"{plan.predicted.disk_bytes / 1e9:.2f}: older ones will go sooner than asked"
+        )
+        folder.event("low_disk", message)
+        say(f"warning   {message} [low_disk]")
 
 
 def _freeze(folder: RunFolder, found: Plan, words: str) -> None:

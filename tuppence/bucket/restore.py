@@ -96,6 +96,9 @@ def fetched(url: str, which: str | None = "best") -> RunFolder:
             _bring_documents(folder, remote, head)
             if which is not None:
                 _bring_asked(folder, remote, head, which)
+            elif best := remote.read(f"{head}/checkpoints/best.json"):
+                folder.checkpoints.mkdir(exist_ok=True)  # without weights: a receipt names them
+                _point(folder, "best", best["path"], best["sha256"])
     return folder
 
 

@@ -87,7 +87,8 @@ def plan_text(plan: Plan) -> str:
         (
             "memory",
             f"{between(told.peak_memory_gib, '.2f')} GiB; "
-            f"checkpoint {told.checkpoint_bytes / 1e6:.1f} MB",
+            f"checkpoint {told.checkpoint_bytes / 1e6:.1f} MB, on disk at most "
+            f"{told.disk_bytes / 1e6:.1f} MB",
         ),
         ("val loss", f"{loss}; {told.val_loss_source}"),
     ]

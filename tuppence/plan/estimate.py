@@ -267,6 +267,7 @@ def predict(
         save_seconds=units.save,
         peak_memory_gib=Interval(0.85 * peak_gib, peak_gib, 1.25 * peak_gib),
         checkpoint_bytes=saved_bytes(model, optimizer),
+        disk_bytes=_disk_bytes(saved_bytes(model, optimizer), cadence, mid.steps),
         epochs=tokens.mid / data.train_tokens,
         val_loss=val_loss,
         val_loss_source=source,
@@ -282,6 +283,13 @@ def _expected_loss(expectation: loss.Expectation, tokens: Interval) -> tuple[Int
     ends = [expectation.at(n)[0] or found for n in (tokens.low, tokens.high)]
     width = math.hypot(found.mid - found.low, (ends[0].mid - ends[1].mid) / 2)
     return Interval(found.mid - width, found.mid, found.mid + width), why
+
+
+def _disk_bytes(each: int, cadence: CadencePlan, steps: float) -> int:
+    """What checkpoints take at most: the newest, the best, the one being written, milestones."""
+    milestones = 0 if cadence.keep_every_steps is None else int(steps // cadence.keep_every_steps)
+    asked = each * (cadence.keep_last + 2 + milestones)
+    return asked if cadence.keep_bytes is None else min(asked, cadence.keep_bytes)
 
 
 def _prepare_seconds(data: DataPlan) -> float:

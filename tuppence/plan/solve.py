@@ -64,6 +64,7 @@ SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
 KEEP_LAST = 2
+GRACE_SECONDS = 30.0  # GCP's and Azure's notice; AWS gives 120
 STALL_SECONDS, STALL_STEPS = 120.0, 20.0  # a rank may stand still for the longer of the two
 
 
@@ -108,6 +109,7 @@ def solve(
         peak_gib=peak_gib,
     )
     _check_affordable(budget, machine, predicted)
+    _check_disk(run, predicted.checkpoint_bytes)
     return Plan(
         version=1,
         name=run.name or (run.recipe or "run").rpartition(":")[2],
@@ -322,6 +324,16 @@ def _check_memory(step: StepPlan, peak_gib: float, calibration: Calibration) -> 
         )
 
 
+def _check_disk(run: Run, each: int) -> None:
+    """Room for last, best and the one that is being written."""
+    disk = run.machine.disk_gb
+    if disk is not None and disk * 1e9 < 3 * each:
+        raise DoesNotFit(
+            f"machine.disk_gb={disk:g} is too little for three checkpoints of {each / 1e9:.3g} GB "
+            f"(last, best, and the one being written); give {3 * each / 1e9:.2g} or more"
+        )
+
+
 def _check_affordable(budget: Budget, machine: MachinePlan, predicted: Predicted) -> None:
     if predicted.steps.mid >= 1:
         return
@@ -395,6 +407,13 @@ def _warnings(
             predicted.val_loss is None,
             "loss_unknown",
             f"no loss is promised: {predicted.val_loss_source}",
+        ),
+        (
+            predicted.step_seconds.mid + predicted.save_seconds > GRACE_SECONDS,
+            "no_grace",
+            f"a step and a save take {predicted.step_seconds.mid + predicted.save_seconds:.0f} s: "
+            f"clouds give spot machines {GRACE_SECONDS:.0f} s from the signal to the end, so that "
+            f"only what was saved before counts (train.save_every)",
         ),
         (
             predicted.step_seconds.mid > 0.01 * limit,

@@ -100,7 +100,7 @@ def train(
         try:
             _run(trainer)
         except RuntimeError as error:
-            if ranks.world == 1 or not is_cut_off(error):
+            if ranks.world == 1 or isinstance(error, Fault) or not is_cut_off(error):
                 raise
             raise Fault(_cut_off(trainer, error)) from error
     return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
