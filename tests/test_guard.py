@@ -170,7 +170,7 @@ def test_no_more_is_thrown_away_than_the_share() -> None:
     message = spent.refusal(trouble(500, whole=whole), [479], learning_rate=0.1)
     assert "more than 10% of the run (80 steps so far)" in message
     assert "none of the older" in spent.refusal(trouble(500), [480], learning_rate=0.1)
-    assert "nothing was saved yet" in Rewinds().refusal(trouble(5), [], learning_rate=0.1)
+    assert "nothing older was saved" in Rewinds().refusal(trouble(5), [], learning_rate=0.1)
 
 
 def test_a_run_that_keeps_failing_ends() -> None:

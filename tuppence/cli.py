@@ -33,6 +33,7 @@ RUN_VERBS = {
     "sample": ("let the trained model continue a prompt", '"ROMEO:" --tokens 300'),
     "receipt": ("what was promised against what was paid", ""),
     "export": ("the trained model as a folder that transformers loads", "--to hf"),
+    "drill": ("kill, tear, fill and poison a copy of the run: what survives?", ""),
 }
 PLAIN_VERBS = {
     "import": "weights of others, to start a run from with train.init_from",
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = verbs.VERBS[args.verb](args)
         if args.json:
             print(json.dumps(document, indent=2, allow_nan=False), flush=True)
-        return 0
+        return 0 if document.get("survived", True) else Fault.exit_code  # a drill's verdict
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it on the way out)
         return 0
@@ -199,6 +200,15 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub.add_argument("run", metavar="RUN", help="a run's name, or the path of its folder")
     _common(sub)
     if verb == "receipt":
+        return
+    if verb == "drill":
+        sub.add_argument(
+            "--steps", type=int, help="of each copy (some 30, fewer where one is slow)"
+        )
+        sub.add_argument("--ranks", type=int, help="processes of each copy (as the run had)")
+        sub.add_argument("--kills", type=int, default=3, help="kill -9 at random moments (3)")
+        sub.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+        sub.add_argument("--keep", action="store_true", help="leave the copies to be looked at")
         return
     sub.add_argument("--checkpoint", default="best", help="best (default), last or a step")
     if verb in ("eval", "sample"):

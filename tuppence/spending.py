@@ -146,6 +146,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         made, frozen = _prepare_and_plan(job, draft, meter)
         say(plan_text(frozen))
         _warn_of_disk(folder, frozen)
+        _warn_of_idle_gpus(folder, frozen)
         _record_environment(folder, attempt, made, job.thread_settings)
 
         from tuppence import checkpoint
@@ -331,6 +332,22 @@ def _warn_of_disk(folder: RunFolder, plan: Plan) -> None:
         )
         folder.event("low_disk", message)
         say(f"warning   {message} [low_disk]")
+
+
+def _warn_of_idle_gpus(folder: RunFolder, plan: Plan) -> None:
+    """Say it where one process leaves the machine's other GPUs idle, and paid for."""
+    if plan.machine.device != "cuda" or host.world_size() > 1:
+        return
+    import torch
+
+    there = torch.cuda.device_count()
+    if there > 1:
+        message = (
+            f"{there - 1} of {there} GPUs are idle: torchrun --nproc_per_node={there} -m tuppence "
+            f"train ... uses them all"
+        )
+        folder.event("idle_gpus", message)
+        say(f"warning   {message} [idle_gpus]")
 
 
 def _freeze(folder: RunFolder, found: Plan, words: str) -> None:

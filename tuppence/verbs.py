@@ -279,6 +279,32 @@ def import_weights(args: Namespace) -> Document:
 # ---------------------------------------------------------------- the rest
 
 
+def drill(args: Namespace) -> Document:
+    """Kill, tear, fill and poison copies of a run; the run itself is only read."""
+    from tuppence import drill as drills
+
+    for key, least in (("ranks", 1), ("kills", 1)):
+        value = getattr(args, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key} {value}: at least {least}")
+    folder = run_of(args)
+    with drills.workplace(folder, keep=args.keep) as work:
+        told = drills.drill(
+            folder,
+            work=work,
+            say=say,
+            steps=args.steps,
+            ranks=args.ranks,
+            kills=args.kills,
+            seed=args.seed,
+        )
+    if not args.json:
+        print(drills.as_text(told))
+        if args.keep:
+            print(f"kept      {work}")
+    return told
+
+
 def list_recipes(args: Namespace) -> Document:
     """The shipped recipes and what they ask."""
     known = recipes.all_recipes()
@@ -372,6 +398,7 @@ VERBS = {
     "sample": sample,
     "receipt": receipt,
     "export": export,
+    "drill": drill,
     "import": import_weights,
     "recipes": list_recipes,
     "runs": list_runs,

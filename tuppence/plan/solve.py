@@ -60,7 +60,8 @@ from tuppence.plan.stages import EVAL_SHARE
 
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
 MAX_EVALS = 10
-SAVE_SECONDS = 60.0  # default distance of saves: what a kill can cost
+SAVE_SECONDS = 15.0  # default distance of saves: twice what a kill costs, beside the start
+SAVE_SHARE = 0.05  # of the time that the thread which writes may be busy
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
 KEEP_LAST = 2
@@ -265,9 +266,9 @@ def _solve_cadence(
     seconds = limit_seconds(budget, machine.usd_per_hour)
     if step.max_steps is not None:
         seconds = min(seconds, step.max_steps * units.step)
-    save_every = train.save_every
+    save_every, save_seconds = train.save_every, max(SAVE_SECONDS, units.save / SAVE_SHARE)
     if save_every is None and math.isinf(limit_seconds(budget, machine.usd_per_hour)):
-        save_every = max(1, round(SAVE_SECONDS / units.step))  # where steps are counted, no clock
+        save_every = max(1, round(save_seconds / units.step))  # where steps are counted, no clock
     tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
     samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
@@ -277,7 +278,7 @@ def _solve_cadence(
         eval_tokens=tokens,
         eval_batch=step.micro_batch,  # what training holds in memory, evaluation does
         save_every_steps=save_every,
-        save_every_seconds=None if save_every else SAVE_SECONDS,
+        save_every_seconds=None if save_every else save_seconds,
         keep_last=train.keep_last or KEEP_LAST,
         keep_every_steps=train.keep_every,
         keep_bytes=None if run.machine.disk_gb is None else int(run.machine.disk_gb * 1e9),

@@ -16,8 +16,8 @@ from tuppence.plan.memory import state_bytes
 from tuppence.plan.shapes import planned_shape
 
 WIRE_GBS = {  # one way, what a ring of ranks moves a second
-    "cpu": 0.7,  # gloo over loopback, two ranks: bench/wire.py
-    "cuda": 50.0,  # between PCIe's 20 and NVLink's 200: the first step measures it
+    "cpu": 0.7,  # gloo over loopback between two busy cores, as the preflight event says it
+    "cuda": 50.0,  # between PCIe's 20 and NVLink's 200; not measured
 }
 NODE_GBS = 10.0  # between nodes, where nothing better is known: 100 Gbit/s at 80%
 BUCKET_BYTES = 2 * 4 * 2**24  # train/parallel.py's: what is sent and what comes

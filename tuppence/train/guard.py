@@ -151,11 +151,14 @@ class Rewinds:
             )
         else:
             reason = "none of the older weights could be loaded"
-        kept = f"step {max(saved)} is saved" if saved else "nothing was saved yet"
+        before = [step for step in saved if step < trouble.moved]
+        kept = f"step {max(before)} is saved from before" if before else "nothing older was saved"
+        failed = [step for step in saved if step >= trouble.moved]
+        or_delete = f", or delete the checkpoint of step {failed[-1]} and go on" if failed else ""
         return (
             f"{trouble.bad_steps} steps in a row up to step {trouble.step} were skipped "
             f"({trouble.why}), and {reason}; {kept}. "
-            f"Lower train.learning_rate={learning_rate:g} and start again"
+            f"Lower train.learning_rate={learning_rate:g} and start again{or_delete}"
         )
 
     def _older(self, trouble: Trouble, saved: Iterable[int]) -> list[int]:

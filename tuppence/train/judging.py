@@ -87,6 +87,7 @@ def _sample(trainer: Trainer, deadline: float) -> None:
         deadline=deadline,
         ranks=ranks if together else ALONE,
     )
+    trainer.at("evaluate")
     row: dict[str, Any] = {"step": trainer.state.step, "attempt": trainer.state.attempt}
     row |= {"prompt": tokenizer.decode(trainer.prompt), "text": tokenizer.decode(ids)}
     trainer.folder.append("samples", {**row, "temperature": 0.8, "seed": plan.step.seed})

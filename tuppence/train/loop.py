@@ -92,26 +92,27 @@ def train(
     )
     with Interrupt() as interrupt, watchdog:
         watchdog.at("start", 0, seconds=START_SECONDS)
-        _preflight(plan, place)
-        trainer = set_up(plan, place, meter, live, interrupt, watchdog)
-        meter.switch("train")
-        gc.collect()
-        gc.freeze()  # nothing that is alive now is garbage before the end
         try:
+            _preflight(plan, place)
+            trainer = set_up(plan, place, meter, live, interrupt, watchdog)
+            meter.switch("train")
+            gc.collect()
+            gc.freeze()  # nothing that is alive now is garbage before the end
             _run(trainer)
         except RuntimeError as error:
-            if ranks.world == 1 or isinstance(error, Fault) or not is_cut_off(error):
+            if isinstance(error, Fault) or ranks.world == 1 or not is_cut_off(error):
                 raise
-            raise Fault(_cut_off(trainer, error)) from error
+            raise Fault(_cut_off(folder, error)) from error
     return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
 
 
 def _preflight(plan: Plan, place: Place) -> None:
     """Every rank is there, and runs the same on the same."""
+    as_read = config.from_json(Plan, config.to_json(plan))  # a recipe may write 3 where it is 3.0
     facts = {
         "code": host.code_sha256(),
         "torch": torch.__version__,
-        "plan": hashlib.sha256(config.to_json(plan).encode()).hexdigest(),
+        "plan": hashlib.sha256(config.to_json(as_read).encode()).hexdigest(),
         "data": file_sha256(place.data / "manifest.json"),
     }
     speed = preflight(place.ranks, facts, device=plan.machine.device)
@@ -120,15 +121,12 @@ def _preflight(plan: Plan, place: Place) -> None:
         place.folder.event("preflight", message, ranks=place.ranks.world, gbs=speed)
 
 
-def _cut_off(trainer: Trainer, error: RuntimeError) -> str:
+def _cut_off(folder: RunFolder, error: RuntimeError) -> str:
     """What to say when a collective fails: the others, or the way to them, are gone."""
     first = str(error).strip().partition("\n")[0]
-    there = checkpoint.pointer(trainer.folder, "last")
+    there = checkpoint.pointer(folder, "last")
     kept = f"step {there.step} is saved" if there else "nothing was saved yet"
-    return (
-        f"another rank is gone in step {trainer.state.step} ({first}); {kept}, and the same "
-        f"command goes on from there"
-    )
+    return f"another rank is gone ({first}); {kept}, and the same command goes on from there"
 
 
 def _run(trainer: Trainer) -> None:
