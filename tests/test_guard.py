@@ -153,7 +153,7 @@ def test_without_a_checkpoint_it_is_the_first_weights_or_the_end() -> None:
     assert Rewinds().targets(never_moved, [2]) == []
     message = Rewinds().refusal(never_moved, [2], learning_rate=0.01)
     assert "no older weights" in message
-    assert "step 2 is saved" in message
+    assert "delete the checkpoint of step 2" in message
     assert "loss nan" in message
     assert "Lower train.learning_rate=0.01" in message
     first_again = Rewinds().after(trouble(30), 0)
