@@ -226,6 +226,11 @@ def codes(plan: Plan) -> set[str]:
         ("eval_part", ["train.eval_tokens=1000"], ["train.eval_tokens=111540"]),
         ("assumed_price", ["machine.usd_per_hour=none"], ["machine.usd_per_hour=1"]),
         ("long_step", ["budget.hours=2e-3", "train.batch_tokens=65536"], ["budget.hours=2e-3"]),
+        (
+            "no_grace",
+            ["budget.steps=3", "model.n_embd=1024", "train.batch_tokens=524288"],
+            ["budget.steps=3"],
+        ),
     ],
 )
 def test_warnings_come_when_due_and_only_then(
@@ -488,3 +493,58 @@ def test_the_promised_loss_covers_that_tokens_are_an_interval(world: World) -> N
     assert more is not None
     half = (fewer.mid - more.mid) / 2
     assert by_time.high - by_time.mid == pytest.approx(math.hypot(loss.FITS[0].spread, half))
+
+
+def test_checkpoints_are_counted_before_the_disk_has_them(world: World) -> None:
+    """The newest, the best and the one being written; milestones; never more than the limit."""
+    each = world.plan("budget.steps=100").predicted.checkpoint_bytes
+
+    def disk(*words: str) -> int:
+        return world.plan("budget.steps=100", *words).predicted.disk_bytes
+
+    assert disk() == 4 * each
+    assert disk("train.keep_last=5") == 7 * each
+    assert disk("train.keep_every=10") == 14 * each
+    assert disk("train.keep_every=10", f"machine.disk_gb={6 * each / 1e9}") == 6 * each
+
+
+def test_saves_come_as_often_as_writing_allows(world: World) -> None:
+    by_clock = world.plan("budget.hours=1").cadence
+    assert by_clock.save_every_seconds == 15
+    assert by_clock.save_every_steps is None
+    by_steps = world.plan("budget.steps=1000")
+    assert by_steps.cadence.save_every_seconds is None
+    assert by_steps.cadence.save_every_steps == round(15 / by_steps.predicted.step_seconds.mid)
+    slow = dataclasses.replace(world.calibration, disk_write_mbs=0.5)
+    rare = solve(override(world.run, ["budget.hours=1"]), world.data, slow)
+    assert rare.cadence.save_every_seconds == pytest.approx(rare.predicted.save_seconds / 0.05)
+
+
+def test_ranks_share_the_work_and_the_price_is_the_nodes(world: World) -> None:
+    run = override(world.run, ["budget.steps=10", "machine.usd_per_hour=2"])
+    one = solve(run, world.data, world.calibration)
+    many = solve(run, world.data, world.calibration, ranks=4, nodes=2)
+    assert (one.step.ranks, one.machine.parallel) == (1, "none")
+    assert (many.step.ranks, many.machine.parallel, many.machine.nodes) == (4, "zero1", 2)
+    assert many.step.batch_tokens == one.step.batch_tokens
+    assert many.machine.usd_per_hour == 2 * one.machine.usd_per_hour
+    assert many.machine.peak_tflops == 4 * one.machine.peak_tflops
+    assert many.predicted.step_seconds.mid < one.predicted.step_seconds.mid
+    with pytest.raises(UserError, match=r"is not model\.sequence_len=.* each of 3 processes; the"):
+        solve(run, world.data, world.calibration, ranks=3)
+
+
+def test_weights_that_do_not_fit_whole_are_spread_by_rows(world: World) -> None:
+    large = ["budget.steps=10", "model.n_layer=12", "model.n_embd=768", "train.micro_batch=1"]
+
+    def planned(memory_gib: float, *words: str) -> Plan:
+        machine = dataclasses.replace(world.calibration, memory_gib=memory_gib)
+        return solve(override(world.run, [*large, *words]), world.data, machine, ranks=2)
+
+    whole, rows = (
+        planned(1000, f"train.parallel={how}").predicted.peak_memory_gib.mid
+        for how in ("zero1", "fsdp")
+    )
+    assert rows < 0.9 * whole
+    assert planned(2.6 * whole).machine.parallel == "zero1"
+    assert planned(2.4 * whole).machine.parallel == "fsdp"
