@@ -308,7 +308,8 @@ def _sharded_if_it_must(
     """All by rows where the weights, whole on every rank, leave no room for one sequence."""
     if spread.ranks == 1 or run.train.parallel is not None:
         return spread
-    timing = choose_timing(run, model, 1, 1, calibration)
+    rows = max(1, batch // model.sequence_len // spread.ranks)
+    timing = choose_timing(run, model, 1, workers_of(run, 1, rows, calibration), calibration)
     needs = peak_memory_gib(model, optimizer_of(run), timing, calibration, spread)
     together = per_machine_gib(needs, spread, device=calibration.device)
     if together <= MEMORY_SHARE * calibration.memory_gib:
