@@ -85,6 +85,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if hasattr(args, "words"):
         args.words += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
+    if args.verb == "sample" and len(rest) == 1 and not rest[0].startswith("-"):
+        args.prompt = rest.pop()  # behind the options
     if rest:
         raise UserError(f"{rest[0]}: no such option; see tuppence {args.verb} --help")
     args.argv = words

@@ -4,6 +4,7 @@ words ──asked──▶ Run ──solved──▶ Plan ──spending.py─�
 """
 
 import dataclasses
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuppence import bucket, config, host, origin, recipes
-from tuppence.config import DataPlan, Plan, Run, Warning
+from tuppence.config import DataPlan, Interval, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, find
 from tuppence.live import Live
@@ -72,6 +73,8 @@ def _begun(args: Namespace, run: Run) -> Run | None:
 
 def runs_root(args: Namespace) -> Path:
     """The folder that holds the runs here: as given, or the local side of a bucket's."""
+    if re.match(r"[A-Za-z]\w+:/", args.runs) and not bucket.is_url(args.runs):
+        raise UserError(f"--runs {args.runs}: neither a folder nor a URL such as s3://bucket/runs")
     return bucket.local_root(args.runs) if bucket.is_url(args.runs) else Path(args.runs)
 
 
@@ -207,6 +210,45 @@ def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float 
     plan = solve(run, data, known, ranks=ranks, nodes=-(-ranks // here))
     where = run.train.init_from
     return plan if where is None else dataclasses.replace(plan, init=origin.pinned(where))
+
+
+def on_this_machine(plan: Plan, wanted: Run) -> Plan:
+    """The frozen plan with the ranks, cores and price of this attempt.
+
+    What a run learns depends on none of them; how fast, and for what money, does.
+    """
+    world, machine, step = host.world_size(), plan.machine, plan.step
+    nodes = -(-world // host.local_world())
+    price = wanted.machine.usd_per_hour
+    if price is not None:
+        machine = dataclasses.replace(machine, usd_per_hour=price * nodes)
+    elif nodes != machine.nodes:
+        each = machine.usd_per_hour / machine.nodes
+        machine = dataclasses.replace(machine, usd_per_hour=each * nodes)
+    machine = dataclasses.replace(machine, nodes=nodes)
+    threads = threads_of(wanted) if machine.device == "cpu" else machine.threads
+    if world == step.ranks and threads == machine.threads:
+        return dataclasses.replace(plan, machine=machine)
+    times = world * threads / (step.ranks * machine.threads)
+    rows = step.batch_sequences // world // step.micro_batch
+    alone = machine.device != "cpu" or machine.compile or machine.parallel == "fsdp"
+    workers = 1 if alone else max(1, min(threads, rows))
+    seconds = plan.predicted.step_seconds
+    return dataclasses.replace(
+        plan,
+        machine=dataclasses.replace(
+            machine,
+            threads=threads,
+            peak_tflops=machine.peak_tflops * times,
+            peak_source=f"{machine.peak_source}, times {times:g} as many cores or GPUs",
+        ),
+        step=dataclasses.replace(step, ranks=world, workers=workers),
+        predicted=dataclasses.replace(
+            plan.predicted,
+            step_seconds=Interval(seconds.low / times, seconds.mid / times, seconds.high / times),
+            eval_seconds=plan.predicted.eval_seconds / times,
+        ),
+    )
 
 
 def device_of(run: Run) -> str:

@@ -29,7 +29,10 @@ WAIT_SECONDS = 7 * 86400.0  # for the lead, who may be preparing a corpus
 POLL_SECONDS = 0.02
 STUCK_SECONDS = 3600.0  # after which a collective gives up, should the watchdog not have
 
-CUT_OFF = r"gloo|nccl|connection|socket|peer|broken pipe|process group"  # in the libraries' words
+CUT_OFF = (  # in the libraries' words
+    r"gloo|nccl(RemoteError|SystemError)|connection (closed|reset|refused)|socket|broken pipe"
+    r"|timed out|process group"
+)
 
 # torch 2.13 renamed them
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

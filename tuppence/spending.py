@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tuppence import bucket, config, host, origin
+from tuppence import bucket, config, environment, host, origin
 from tuppence.bucket import Mirror
 from tuppence.config import Budget, Plan, Run
 from tuppence.errors import DoesNotFit, Fault, UserError
@@ -28,6 +27,7 @@ from tuppence.ledger import Meter
 from tuppence.pipeline import (
     asked,
     device_of,
+    on_this_machine,
     prepared,
     refuse_warnings,
     runs_root,
@@ -137,7 +137,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
     frozen = folder.plan() if draft is None else draft
     meter = Meter(
         folder,
-        usd_per_hour=frozen.machine.usd_per_hour,
+        usd_per_hour=on_this_machine(frozen, job.wanted).machine.usd_per_hour,
         attempt=attempt,
         start=host.process_start(),
     )
@@ -145,9 +145,12 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
     try:
         made, frozen = _prepare_and_plan(job, draft, meter)
         say(plan_text(frozen))
+        here = on_this_machine(frozen, job.wanted)
+        if here != frozen:
+            _say_moved(folder, frozen, here)
         _warn_of_disk(folder, frozen)
         _warn_of_idle_gpus(folder, frozen)
-        _record_environment(folder, attempt, made, job.thread_settings)
+        environment.record(folder, attempt, made, job.thread_settings)
 
         from tuppence import checkpoint
         from tuppence.train.loop import train as train_loop
@@ -157,9 +160,9 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         if job.url is not None:
             mirror = _mirror(folder, job.url, frozen)
         if job.ranks is not None:
-            job.ranks.tell("attempt", _told(folder, frozen, made, attempt))
+            job.ranks.tell("attempt", _told(folder, here, made, attempt))
         done = train_loop(
-            frozen,
+            here,
             folder,
             made,
             meter=meter,
@@ -183,7 +186,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
     job.finish(folder)
     if mirror is not None:
         mirror.close(UPLOAD_SECONDS)
-    if done.step_seconds is not None and not frozen.machine.compile and job.ranks is None:
+    if done.step_seconds is not None and not frozen.machine.compile and here == frozen:
         _learn(frozen, done.step_seconds)
 
 
@@ -213,6 +216,21 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
     _freeze(folder, frozen, shlex.join(["tuppence", *job.args.argv]))
     _warn_of_tokens(folder, frozen, made.folder / "tokenizer")
     return made.folder, frozen
+
+
+# ---------------------------------------------------------------- another machine
+
+
+def _say_moved(folder: RunFolder, planned: Plan, here: Plan) -> None:
+    """An attempt on other ranks, cores or at another price than were planned."""
+
+    def told(plan: Plan) -> str:
+        price = f"${plan.machine.usd_per_hour:g}/h"
+        return f"{plan.step.ranks} rank(s) of {plan.machine.threads} thread(s) at {price}"
+
+    message = f"on {told(here)}; planned on {told(planned)}"
+    folder.event("other_machine", message)
+    say(f"machine   {message}")
 
 
 # ---------------------------------------------------------------- many ranks
@@ -285,10 +303,12 @@ def _lag(mirror: Mirror) -> float:
 
 
 def _wait_for(mirror: Mirror, meter: Meter, plan: Plan) -> None:
-    """Let what was saved arrive on the bucket, as long as the budget lasts."""
+    """Let what was saved arrive on the bucket, as long as the budget lasts, and no longer than
+    UPLOAD_SECONDS where the bucket is away."""
     reserve = 2 * plan.cadence.finish_seconds
+    until = time.monotonic() + UPLOAD_SECONDS
     with meter.phase("save"):
-        while mirror.lag():
+        while mirror.lag() and time.monotonic() < until:
             if meter.seconds_left(usd=plan.budget.usd, hours=plan.budget.hours) < reserve:
                 return
             time.sleep(0.02)
@@ -356,9 +376,10 @@ def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
 
 
 def _check_same_run(folder: RunFolder, wanted: Run) -> None:
-    """A folder holds one run: other overrides are another run."""
+    """A folder holds one run: other overrides are another run, but for those of the machine."""
     there, now = config.asked(folder.run()), config.asked(wanted)
     odd = [k for k in {**there, **now} if there.get(k) != now.get(k)]
+    odd = [k for k in odd if not k.startswith("machine.")]
     if odd:
         raise UserError(
             f"{folder.path} holds a run with {odd[0]}={there.get(odd[0])}, not "
@@ -373,54 +394,6 @@ def _set_aside(path: Path) -> Path:
         number += 1
     os.replace(path, kept)
     return kept
-
-
-def _record_environment(
-    folder: RunFolder, attempt: int, data_folder: Path, settings: dict[str, str]
-) -> None:
-    """env.json: what the run ran on; the newest attempt's, with the earlier ones below."""
-    import numpy
-    import safetensors
-    import torch
-
-    before = folder.read_json("env.json")
-    folder.write_json(
-        "env.json",
-        {
-            "attempt": attempt,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": numpy.__version__,
-                "safetensors": safetensors.__version__,
-            },
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cpu": host.cpu_name(),
-            "usable_cores": host.usable_cores(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "thread_settings": settings,
-            "process_start": host.process_start(),
-            "code_sha256": host.code_sha256(),
-            "git": _git_commit(),
-            "data_folder": str(data_folder.resolve()),
-            "earlier_attempts": [] if before is None else [*before.pop("earlier_attempts"), before],
-        },
-    )
-
-
-def _git_commit() -> str | None:
-    """The commit of the source, where it runs from a checkout and git is there."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def _learn(done: Plan, step_seconds: float) -> None:

@@ -126,6 +126,8 @@ def _told(args: Namespace, folder: RunFolder) -> Document:
         name = told["name"]
         if bucket.is_url(args.runs):
             name = f"{args.runs.rstrip('/')}/{name}"
+        elif bucket.is_url(getattr(args, "run", "")):
+            name = args.run
         print(f'more      {folder.file("receipt.html")}; tuppence sample {name} "a prompt"')
     return told
 

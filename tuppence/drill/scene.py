@@ -144,6 +144,11 @@ def staged(
         train=dataclasses.replace(asked.train, sample_prompt=None),
     )
     here = ranks or plan.step.ranks // plan.machine.nodes
+    if here < 1 or plan.step.batch_sequences % here:
+        raise UserError(
+            f"--ranks {here}: the run's batch of {plan.step.batch_sequences} sequences cannot be "
+            f"shared by so many; give a number that divides it"
+        )
     patience = PATIENCE_SECONDS + PATIENCE_STEPS * count * plan.predicted.step_seconds.mid
     return Scene(folder, run, _shortened(plan, count), here, work, say, patience)
 

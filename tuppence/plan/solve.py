@@ -80,7 +80,7 @@ def solve(
     _check_device(run, calibration)
     model = solve_model(run, data)
     shape = shape_of(run.model, data.vocab_size)
-    batch, tokens = _likely(run, budget, model, shape, calibration)
+    batch, tokens = _likely(run, budget, model, shape, calibration, ranks=ranks, nodes=nodes)
     spread = spread_of(run, ranks=ranks, nodes=nodes)
     spread = _sharded_if_it_must(run, model, batch, calibration, spread)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, parallel=spread.parallel))
@@ -131,15 +131,22 @@ def solve(
 
 
 def _likely(
-    run: Run, budget: Budget, model: ModelPlan, shape: Shape, calibration: Calibration
+    run: Run,
+    budget: Budget,
+    model: ModelPlan,
+    shape: Shape,
+    calibration: Calibration,
+    *,
+    ranks: int,
+    nodes: int,
 ) -> tuple[int, float]:
     """Tokens of a step, and about how many the run will see: what rates and decay follow from.
 
     Time is counted by the matmul ceiling alone, so that a machine's moods do not change the recipe.
     With a budget in steps either follows from the other, and they are found in turn.
     """
-    price = run.machine.usd_per_hour or ASSUMED_USD_PER_HOUR
-    flops = ROOFLINE_SHARE * max(calibration.matmul_tflops.values()) * 1e12
+    price = (run.machine.usd_per_hour or ASSUMED_USD_PER_HOUR) * nodes
+    flops = ROOFLINE_SHARE * max(calibration.matmul_tflops.values()) * 1e12 * ranks
     most = limit_seconds(budget, price) * flops / model.flops_per_token
     most = min(most, math.inf if budget.tokens is None else budget.tokens)
 

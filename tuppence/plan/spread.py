@@ -20,7 +20,7 @@ WIRE_GBS = {  # one way, what a ring of ranks moves a second
     "cuda": 50.0,  # between PCIe's 20 and NVLink's 200; not measured
 }
 NODE_GBS = 10.0  # between nodes, where nothing better is known: 100 Gbit/s at 80%
-BUCKET_BYTES = 2 * 4 * 2**24  # train/parallel.py's: what is sent and what comes
+BUCKET = 2**24  # elements, train/parallel.py's; a larger parameter is a bucket of its own
 RECOMPUTED = 4 / 3  # of a pass: the forward half runs twice
 
 
@@ -54,13 +54,15 @@ def held_bytes(model: ModelPlan, spread: Spread, *, muon: bool) -> float:
     """Weights, gradients and moments on one rank, and what crosses the wire beside them."""
     moved = planned_shape(model).params_muon if muon else 0
     moments = state_bytes(model.params, muon_params=moved) - 8 * model.params
+    largest = max(BUCKET, model.vocab_size * model.n_embd)
+    crossing = 8 * min(largest, model.params)  # what is sent, and what comes
     if spread.parallel == "none":
         return 8 * model.params + moments
     if spread.parallel == "ddp":
-        return 8 * model.params + moments + min(BUCKET_BYTES, 8 * model.params)
+        return 8 * model.params + moments + crossing
     if spread.parallel == "zero1":
         own = (moments + 4 * model.params) / spread.ranks
-        return 8 * model.params + own + min(BUCKET_BYTES, 8 * model.params)
+        return 8 * model.params + own + crossing
     block = planned_shape(model).params_body / max(1, model.n_layer)
     gathered = 8 * (2 * block + model.params - planned_shape(model).params_body)
     return (8 * model.params + moments) / spread.ranks + gathered
@@ -71,8 +73,10 @@ def wire_seconds(model: ModelPlan, spread: Spread, *, device: str, accumulation:
     if spread.ranks == 1:
         return 0.0
     sent = 8 * model.params
-    if spread.parallel == "fsdp":
-        sent = 12 * model.params * accumulation
+    if spread.parallel == "fsdp":  # a looped model gathers its core again in each iteration
+        shape = planned_shape(model)
+        runs = shape.layers_run / max(1, model.n_layer)
+        sent = round((8 * runs + 4) * model.params * accumulation)
     speed = WIRE_GBS[device] if spread.nodes == 1 else min(NODE_GBS, WIRE_GBS[device])
     return sent * (spread.ranks - 1) / spread.ranks / (speed * 1e9)
 

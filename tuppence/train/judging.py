@@ -73,9 +73,11 @@ def _sample(trainer: Trainer, deadline: float) -> None:
     """Let the model speak, and keep what it says."""
     plan, tokenizer, ranks = trainer.plan, trainer.tokenizer, trainer.ranks
     together = trainer.parallel.how == "fsdp"  # nobody has the weights for himself
-    if not plan.cadence.sample_tokens or not (ranks.lead or together):
+    if not plan.cadence.sample_tokens:
         return
-    trainer.at("evaluate", long=True)
+    trainer.at("evaluate", long=True)  # on every rank: those that do not sample wait
+    if not (ranks.lead or together):
+        return
     ids = evals.generate(
         trainer.workers,
         trainer.prompt,

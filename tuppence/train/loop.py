@@ -79,7 +79,8 @@ def train(
     live = Live(silent=not ranks.lead)
 
     def stalled(message: str) -> None:
-        folder.event("stalled", message, attempt=attempt)
+        teller = folder if folder.writes else RunFolder(folder.path)  # the lead may be the one
+        teller.event("stalled", message, attempt=attempt)
         live.say(f"stalled: {message}")
         meter.close()
 

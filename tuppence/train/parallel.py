@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as run_twice
 
@@ -60,12 +61,20 @@ class Share:
 class Parallel:
     """A model spread over ranks: what of it this rank moves, and how gradients come together."""
 
-    def __init__(self, model: Family, *, how: str, ranks: Ranks, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: Family,
+        *,
+        how: str,
+        ranks: Ranks,
+        precision: str = "fp32",
+        device: str = "cpu",
+    ) -> None:
         """`how` is none (alone), ddp, zero1 or fsdp, which makes the model's parameters others."""
         assert (how == "none") == (ranks.world == 1), (how, ranks.world)
         self.how, self.ranks, self.model = how, ranks, model
         if how == "fsdp":
-            _shard(model, precision)
+            _shard(model, precision, device, ranks.world)
         self.shares = [self._share(name, p) for name, p in model.named_parameters()]
         self._buckets = [*_buckets(self.shares)] if how in ("ddp", "zero1") else []
 
@@ -200,15 +209,23 @@ def _again(forward: Callable[..., Tensor], *args: Any) -> Any:
     return run_twice(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def _shard(model: Family, precision: str) -> None:
-    """FSDP2 over every block, and over what is left. Gradients are summed, in fp32."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+def _shard(model: Family, precision: str, device: str, world: int) -> None:
+    """FSDP2 over every block, and over what is left. Gradients are summed, in fp32.
+
+    Blocks of matrices are gathered in the compute precision. Embeddings, head and scalars stay fp32
+    and are cast where they are used, as without FSDP2: their gradients add up over many tokens. So
+    do blocks with norms or biases, which meet what is fp32.
+    """
+    mesh = init_device_mesh(device, (world,))
+    compute = torch.bfloat16 if precision == "bf16" else None
     for module in (*model.blocks(), model):
-        fully_shard(module, mp_policy=policy)
+        vectors = any(p.dim() < 2 for p in module.parameters())
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if module is model or vectors else compute,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

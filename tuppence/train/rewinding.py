@@ -25,6 +25,7 @@ def rewind(trainer: Trainer) -> None:
     """
     saved(trainer)
     state, before = trainer.state, rewinds_of(trainer.state)
+    trainer.at("save", long=True)  # the lead reads whole checkpoints, the others wait
     trouble = Trouble(state.step, state.bad_steps, state.progress, trainer.skipped)
     told = f"rewind {before.rewound_steps} from {state.step}"
     target, best, refusal = trainer.ranks.told(told, lambda: _chosen(trainer, before, trouble))

@@ -19,7 +19,7 @@ def save(trainer: Trainer) -> None:
     training; only the copy is waited for, and a save before that is not done yet."""
     if trainer.saved_step == trainer.state.step:
         return
-    trainer.at("save")
+    trainer.at("save", long=True)  # the save before may still be written, on a slow disk
     with trainer.meter.phase("save"):
         trainer.state = replace(trainer.state, saved_at=time.time())
         weights, moments = trainer.parallel.weights(), trainer.parallel.moments(trainer.optimizers)
@@ -31,7 +31,7 @@ def save(trainer: Trainer) -> None:
 
 def saved(trainer: Trainer) -> None:
     """Wait until what was saved is on disk. Raises Fault on every rank where one could not."""
-    trainer.at("save")
+    trainer.at("save", long=True)
     error = None
     with trainer.meter.phase("save"):
         try:

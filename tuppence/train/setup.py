@@ -214,7 +214,13 @@ def _built(plan: Plan, ranks: Ranks, *, fresh: bool) -> _Built:
     if compiled and how == "fsdp":
         for block in model.blocks():
             block.compile()
-    parallel = Parallel(model, how=how, ranks=ranks, precision=plan.machine.precision)
+    parallel = Parallel(
+        model,
+        how=how,
+        ranks=ranks,
+        precision=plan.machine.precision,
+        device=plan.machine.device,
+    )
     workers = Workers(
         torch.compile(model) if compiled and how != "fsdp" else model,  # type: ignore[arg-type]
         count=1 if how == "fsdp" else plan.step.workers,
