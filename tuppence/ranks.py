@@ -7,6 +7,7 @@ What ranks must agree on is decided by rank 0, the lead, and told: the same cloc
 gives two answers, and a rank that goes another way leaves the others waiting for ever.
 """
 
+import contextlib
 import json
 import re
 import secrets
@@ -24,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from tuppence import host
 from tuppence.errors import Fault
 
+LEAVE_SECONDS = 10.0  # for the others to hear that there is nothing to do
 MEET_SECONDS = 1800.0  # for all ranks to arrive: a node may still be booting
 WAIT_SECONDS = 7 * 86400.0  # for the lead, who may be preparing a corpus
 POLL_SECONDS = 0.02
@@ -84,10 +86,20 @@ class Ranks:
         self.store.wait([name], timedelta(seconds=WAIT_SECONDS))
         return json.loads(self.store.get(name))
 
-    def tell(self, name: str, value: Any) -> None:
-        """Say it to whoever asks; only the first time counts."""
-        if self.world > 1:
-            self.store.compare_set(name, "", json.dumps(value))
+    def tell(self, name: str, value: Any) -> bool:
+        """Say it to whoever asks; only the first time counts. Whether this was it."""
+        text = json.dumps(value)
+        return self.world > 1 and self.store.compare_set(name, "", text).decode() == text
+
+    def leave(self) -> None:
+        """Say that nothing more will be asked."""
+        self.store.set(f"left {self.rank}", "")
+
+    def let_leave(self) -> None:
+        """Wait a while until the others have left: the store may go with this process."""
+        others = [f"left {rank}" for rank in range(1, self.world)]
+        with contextlib.suppress(RuntimeError):
+            self.store.wait(others, timedelta(seconds=LEAVE_SECONDS))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

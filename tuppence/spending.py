@@ -87,7 +87,8 @@ def spend(
         code = error.exit_code
         raise
     finally:
-        ranks.tell("attempt", {"exit": code})  # to those who have not begun
+        if ranks.tell("attempt", {"exit": code}):  # the others have not begun
+            ranks.let_leave()
     ranks.part()
     return folder, there
 
@@ -250,6 +251,7 @@ def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
     """Train beside the lead, as it says; then this process has nothing to say for itself."""
     told = ranks.told("attempt", dict)
     if "exit" in told:
+        ranks.leave()
         if not told["exit"]:  # there was nothing to do: the lead leaves with the others
             ranks.part()
         raise SystemExit(told["exit"])
