@@ -66,7 +66,7 @@ def main() -> None:
 
 def model_of(**keys: Any) -> Family:
     """The model with its first weights."""
-    data = DataPlan("", "char", "text", None, None, V, 0, 0, 1.0, None, True)
+    data = DataPlan("", "char", "text", None, None, V, 0, 0, 1.0, None, True, "plain")
     model = build(solve_model(Run(model=Model(**SIZES, **keys)), data), attention="matmul")
     model.init_weights(0)
     return model

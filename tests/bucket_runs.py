@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tuppence import bucket
-from tuppence.bucket import store
+from tuppence import bucket, store
 from tuppence.folder import RunFolder
 
 FILES = {"model.safetensors": 3000, "optimizer.safetensors": 6000, "state.json": 200}

@@ -61,6 +61,7 @@ def data_plan() -> DataPlan:
         bytes_per_token=1.0,
         inputs_sha256="0" * 64,
         exact=True,
+        packing="plain",
     )
 
 

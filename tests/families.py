@@ -25,7 +25,9 @@ def model_plan(*, vocab_size: int = 50, **keys: object) -> ModelPlan:
 
 
 def data_plan(vocab_size: int) -> DataPlan:
-    return DataPlan("x", "char", "text", None, None, vocab_size, 10**6, 10**5, 1.0, None, True)
+    return DataPlan(
+        "x", "char", "text", None, None, vocab_size, 10**6, 10**5, 1.0, None, True, "plain"
+    )
 
 
 def built(plan: ModelPlan, *, attention: str = "sdpa", seed: int = 0) -> Family:

@@ -244,7 +244,7 @@ def test_where_tags_are_no_hashes_the_size_is_compared(
 KILLED_IN_A_SEND = """
 import sys, time
 from tuppence import bucket
-from tuppence.bucket import store
+from tuppence import store
 from tuppence.folder import RunFolder
 send = store.Store.send
 def slow(self, local, name, digest):

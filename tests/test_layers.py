@@ -12,7 +12,7 @@ import tuppence
 
 ROOT = Path(tuppence.__file__).parent
 LAYERS = {
-    0: ["tuppence", "errors", "config", "host", "live", "plot", "files", "assets"],
+    0: ["tuppence", "errors", "config", "host", "live", "plot", "files", "store", "assets"],
     1: ["plan", "data", "folder", "ledger", "origin"],
     2: ["model", "recipes"],
     3: ["checkpoint", "bucket", "evals", "workers", "ranks", "hub"],

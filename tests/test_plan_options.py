@@ -40,6 +40,7 @@ def corpus(source: str = "fineweb", tokenizer: str = "gpt2", tokens: float = 1e1
         bytes_per_token=4.5,
         inputs_sha256=None,
         exact=False,
+        packing="plain",
     )
 
 

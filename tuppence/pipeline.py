@@ -127,6 +127,7 @@ def surveyed(run: Run) -> DataPlan:
         bytes_per_token=seen.bytes / max(1, seen.tokens),
         inputs_sha256=None,
         exact=seen.exact,
+        packing=data.packing or "plain",
     )
 
 
@@ -168,6 +169,7 @@ def prepared(run: Run, root: Path, *, fresh: bool, tick: Any = None) -> tuple[An
         bytes_per_token=manifest.bytes_per_token,
         inputs_sha256=manifest.inputs_sha256,
         exact=True,
+        packing=data.packing or "plain",
     )
 
 

@@ -10,7 +10,7 @@ store     one folder on a store; what is verified                    store.py
 from tuppence.bucket.documents import SYNC_SECONDS
 from tuppence.bucket.mirror import Mirror
 from tuppence.bucket.restore import attempts_begun, fetched, local_root, names, restore
-from tuppence.bucket.store import is_url
+from tuppence.store import is_url
 
 __all__ = [
     "SYNC_SECONDS",

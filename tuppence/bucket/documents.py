@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tuppence.bucket.layout import KEPT, documents, left_there, local_checkpoints
-from tuppence.bucket.store import Store
 from tuppence.folder import RunFolder
+from tuppence.store import Store
 
 SYNC_SECONDS = 30.0
 BIG_BYTES = 4 << 20

@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tuppence.bucket.store import Store
 from tuppence.folder import RunFolder
+from tuppence.store import Store
 
 OWNER = "attempt.json"
 MARKER = "checkpoint.json"

@@ -35,9 +35,9 @@ from tuppence.bucket.layout import (
     look,
 )
 from tuppence.bucket.retire import Age, Standing, doomed
-from tuppence.bucket.store import Away, Digest, Store
 from tuppence.errors import Fault
 from tuppence.folder import RunFolder
+from tuppence.store import Away, Digest, Store
 
 HELD = ".bucket"  # beside the checkpoints: links to the files that are being sent
 RETRY_SECONDS = (1.0, 60.0)  # the first wait after a failure, doubled up to the longest

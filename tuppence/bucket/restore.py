@@ -31,12 +31,12 @@ from tuppence.bucket.layout import (
     step_of,
     weights_sha256,
 )
-from tuppence.bucket.store import Away, Store, is_url, protocol_of
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256, locked
 from tuppence.folder import RunFolder, write_text
 from tuppence.live import Live
 from tuppence.plan.hardware import cache_folder
+from tuppence.store import Away, Store, is_url, protocol_of
 
 
 def local_root(url: str) -> Path:

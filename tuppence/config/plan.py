@@ -64,7 +64,8 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The corpus as it is or will be prepared. `exact` is false while it is only surveyed."""
+    """The corpus as it is or will be prepared. `exact` is false while it is only surveyed;
+    `packing` is plain, or documents where attention stays within each."""
 
     source: str
     tokenizer: str
@@ -77,6 +78,7 @@ class DataPlan:
     bytes_per_token: float
     inputs_sha256: str | None
     exact: bool
+    packing: str
 
 
 @dataclass(frozen=True)

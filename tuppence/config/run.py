@@ -69,13 +69,26 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Text and how it becomes tokens. `val_tokens` come off the end of the corpus."""
+    """Text and how it becomes tokens (docs/data.md).
+
+    Documents are put in an order drawn from `seed`, unless `shuffle` is off. `dedup` leaves out
+    documents that came before; `on_bad` says what becomes of a broken one; `packing` whether
+    attention crosses from one document into the next. `workers` and `cache_gb` bound the processes
+    of a preparation and the disk that training from a bucket may use.
+    """
 
     source: str | None = None
     tokenizer: str | None = None
     text_field: str | None = None
     max_tokens: int | None = None
     val_tokens: int | None = None
+    shuffle: bool | None = None
+    seed: int | None = None
+    dedup: str | None = None
+    on_bad: str | None = None
+    packing: str | None = None
+    workers: int | None = None
+    cache_gb: float | None = None
 
 
 @dataclass(frozen=True)

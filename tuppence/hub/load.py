@@ -123,7 +123,8 @@ def _check(source: str, found: Inside) -> None:
 
 def plan_of(model: Model) -> ModelPlan:
     """The model that these keys ask for. Raises UserError where they make none."""
-    data = DataPlan("", "", "text", None, None, model.vocab_size or 1, 0, 0, 1.0, None, False)
+    vocab_size = model.vocab_size or 1
+    data = DataPlan("", "", "text", None, None, vocab_size, 0, 0, 1.0, None, False, "plain")
     return solve_model(Run(model=model), data)
 
 

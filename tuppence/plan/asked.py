@@ -32,6 +32,9 @@ OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("none", "ddp", "zero1", "fsdp")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 SCHEDULES = ("cosine", "wsd")
+DEDUPS = ("none", "exact", "near")
+ON_BAD = ("refuse", "skip")
+PACKINGS = ("plain", "documents")
 ATTENTIONS = ("sdpa", "matmul")
 MOST = 10**15  # of anything: what is larger is a slip of the hand
 
@@ -41,6 +44,8 @@ def check_values(run: Run) -> None:
     least = {
         "data.val_tokens": 2,
         "data.max_tokens": 1,
+        "data.seed": 0,
+        "data.workers": 1,
         "machine.gpu_count": 0,
         "machine.nodes": 1,
         "model.sequence_len": 1,
@@ -58,6 +63,7 @@ def check_values(run: Run) -> None:
     above_zero = {
         "machine.usd_per_hour": (run.machine.usd_per_hour, "a price"),
         "machine.disk_gb": (run.machine.disk_gb, "a disk"),
+        "data.cache_gb": (run.data.cache_gb, "a cache"),
         "machine.mfu": (run.machine.mfu, "a share of the peak"),
     }
     for key, (amount, what) in above_zero.items():
@@ -73,6 +79,9 @@ def check_values(run: Run) -> None:
     check_rates(run)
     for key, value, allowed in (
         ("model.family", run.model.family, FAMILIES),
+        ("data.dedup", run.data.dedup, DEDUPS),
+        ("data.on_bad", run.data.on_bad, ON_BAD),
+        ("data.packing", run.data.packing, PACKINGS),
         ("train.optimizer", run.train.optimizer, OPTIMIZERS),
         ("train.parallel", run.train.parallel, PARALLEL),
         ("train.precision", run.train.precision, PRECISIONS),
