@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tuppence.bucket import mirror, store
+from tuppence import store
+from tuppence.bucket import mirror
 from tuppence.folder import RunFolder
 
 

@@ -26,8 +26,8 @@ from bucket_runs import (
 )
 from checkpoints import equal, fresh, state_of, trained
 
-from tuppence import bucket, checkpoint
-from tuppence.bucket import documents, mirror, store
+from tuppence import bucket, checkpoint, store
+from tuppence.bucket import documents, mirror
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 

@@ -25,8 +25,8 @@ from bucket_runs import (
     store_at,
 )
 
-from tuppence import bucket, checkpoint
-from tuppence.bucket import layout, store
+from tuppence import bucket, checkpoint, store
+from tuppence.bucket import layout
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 
