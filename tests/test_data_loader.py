@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tuppence.data import loader as loader_module
 from tuppence.data.loader import Loader, rolling_sha, val_windows
-from tuppence.data.permute import key_of, permuted
+from tuppence.data.permute import Order, key_of, permuted
 from tuppence.data.prepare import prepare
 from tuppence.errors import Fault, UserError
 
@@ -68,8 +70,79 @@ def test_permutation_needs_no_memory() -> None:
     assert found.max() < n
 
 
+SIZES = [(1, 1), (1, 5), (7, 1), (7, 7), (7, 8), (8, 7), (100, 99), (100, 33), (101, 10), (64, 16)]
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_blocks_have_each_element_once_an_epoch(n: int, block: int) -> None:
+    order = Order(n, block=block, key=3)
+    for epoch in range(5):
+        samples = np.arange(epoch * n, (epoch + 1) * n, dtype=np.uint64)
+        found = order.at(samples)
+        assert sorted(found.tolist()) == list(range(n))
+        for sample in samples.tolist():  # alone as among others
+            one = order.at(np.array([sample], dtype=np.uint64))
+            assert one[0] == found[sample - epoch * n]
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_a_visit_says_what_its_samples_are(n: int, block: int) -> None:
+    order = Order(n, block=block, key=4)
+    turns = []
+    sample = 0
+    while sample < 4 * n:
+        visit = order.visit(sample)
+        assert visit.first == sample
+        assert visit.epoch == sample // n
+        assert visit == order.visit(visit.end - 1)
+        there = order.at(np.arange(visit.first, visit.end, dtype=np.uint64))
+        assert sorted(there.tolist()) == list(range(visit.low, visit.high))
+        assert visit.low % block == 0
+        turns.append(visit.low // block)
+        sample = visit.end
+    assert sample == 4 * n  # no visit reaches into the next epoch
+    epochs = [tuple(turns[i :: order.n_blocks]) for i in range(order.n_blocks)]
+    if order.n_blocks > 4:
+        assert turns[: order.n_blocks] != sorted(turns[: order.n_blocks])
+        assert len(set(epochs)) > 1
+        assert turns[: order.n_blocks] != turns[order.n_blocks : 2 * order.n_blocks]
+
+
+def test_samples_of_several_epochs_at_once() -> None:
+    order = Order(10, block=4, key=9)
+    samples = np.arange(3, 57, dtype=np.uint64)
+    apart = [order.at(samples[i : i + 1])[0] for i in range(len(samples))]
+    assert order.at(samples).tolist() == apart
+
+
+def test_blocks_come_in_every_order() -> None:
+    order = Order(9, block=3, key=1)
+    turns = {tuple(order.visit(9 * e + 3 * i).low for i in range(3)) for e in range(100)}
+    assert len(turns) == 6
+
+
+def test_one_block_is_the_order_that_runs_were_trained_in(tmp_path: Path) -> None:
+    """The hash is of batches made before there were blocks."""
+    loader = Loader(corpus(tmp_path, tokens=5000), sequence_len=16, batch_size=8, seed=1)
+    sha = ""
+    for step in range(100):  # into the third epoch
+        sha = rolling_sha(sha, loader.batch(step))
+    assert sha == "c4b9a2483696ca6630b7d643de4fae0ecf4c2444e7dd03c2ff505bcd12efe6bf"
+
+
+@pytest.fixture(params=[None, 50, 130])
+def block_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Blocks of so many tokens; None: all in one."""
+    if request.param is not None:
+        monkeypatch.setattr(loader_module, "BLOCK_TOKENS", request.param)
+    tokens: int | None = request.param
+    return tokens
+
+
 @pytest.mark.parametrize("shard_tokens", [10**8, 97])
-def test_an_epoch_covers_the_stream_once(tmp_path: Path, shard_tokens: int) -> None:
+def test_an_epoch_covers_the_stream_once(
+    tmp_path: Path, shard_tokens: int, block_tokens: int | None
+) -> None:
     folder = corpus(tmp_path, tokens=1003, shard_tokens=shard_tokens)
     length = 10
     loader = Loader(folder, sequence_len=length, batch_size=3, seed=5)
@@ -87,10 +160,16 @@ def test_an_epoch_covers_the_stream_once(tmp_path: Path, shard_tokens: int) -> N
         assert sorted(starts) == list(range(offset, offset + n * length, length))
         assert 0 <= offset < 1003 - n * length
         offsets.add(offset)
+        if block_tokens is not None:  # one block after another, each of neighbours
+            size = block_tokens // length
+            blocks = [(start - offset) // length // size for start in starts]
+            assert len({*blocks}) == -(-n // size)
+            assert sum(a != b for a, b in itertools.pairwise(blocks)) == len({*blocks}) - 1
     assert len(offsets) > 1
     assert loader.epochs(n // 3) == (n // 3) * 3 / n
 
 
+@pytest.mark.usefixtures("block_tokens")
 def test_batches_are_pure(tmp_path: Path) -> None:
     folder = corpus(tmp_path, tokens=5000)
     one, other = (Loader(folder, sequence_len=16, batch_size=8, seed=1) for _ in range(2))
@@ -106,6 +185,7 @@ def test_batches_are_pure(tmp_path: Path) -> None:
     assert not np.array_equal(reseeded.batch(0), forward[0])
 
 
+@pytest.mark.usefixtures("block_tokens")
 @pytest.mark.parametrize("shard_tokens", [10**8, 611])
 def test_ranks_share_the_batch_of_one(tmp_path: Path, shard_tokens: int) -> None:
     folder = corpus(tmp_path, tokens=5000, shard_tokens=shard_tokens)
@@ -118,6 +198,7 @@ def test_ranks_share_the_batch_of_one(tmp_path: Path, shard_tokens: int) -> None
         loader.batch(0, rank=0, world_size=5)
 
 
+@pytest.mark.usefixtures("block_tokens")
 def test_shard_borders_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -127,6 +208,31 @@ def test_shard_borders_do_not_matter(tmp_path: Path) -> None:
     )
     for step in range(30):
         assert np.array_equal(whole.batch(step), parts.batch(step))
+
+
+def test_only_the_shards_of_a_block_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "BLOCK_TOKENS", 200)
+    folder = corpus(tmp_path, tokens=3000, shard_tokens=50)
+    loader = Loader(folder, sequence_len=10, batch_size=4, seed=3)
+    for step in range(200):
+        loader.batch(step)
+        mapped = [shard for shard in loader._stream._maps if shard is not None]
+        assert len(mapped) <= 12  # a batch may be in two blocks, each in six shards at most
+
+
+def test_a_batch_into_rows_of_any_kind(tmp_path: Path) -> None:
+    folder = corpus(tmp_path, tokens=3000, shard_tokens=170)
+    loader = Loader(folder, sequence_len=50, batch_size=6, seed=3)
+    assert loader.dtype == np.uint16
+    for step in range(20):
+        for dtype in (np.uint16, np.int32, np.int64):
+            rows = np.zeros((6, 51), dtype=dtype)
+            loader.fill(rows, step)
+            assert np.array_equal(rows, loader.batch(step))
+        loader.fill(rows[:2], step, rank=2)
+        assert np.array_equal(rows[:2], loader.batch(step)[4:])
 
 
 @pytest.mark.parametrize("tokens", [11, 12, 19, 20, 21, 29, 30])

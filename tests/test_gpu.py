@@ -1,5 +1,6 @@
 """On a CUDA card: it plans, trains and evaluates there, and agrees with the CPU."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import SMALL, model_plan, shaken
+
+from tuppence.model import build
+from tuppence.model.replay import Draws
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,6 +61,55 @@ def test_the_card_agrees_with_the_cpu(tmp_path: Path, family: str) -> None:
         receipt(tmp_path, family, f"name={name}", "train.precision=fp32", *more)
         rows = (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(row)["loss"] for row in rows]
+    assert losses["card"] == pytest.approx(losses["cpu"], abs=1e-3)
+
+
+DOCUMENTS = {
+    "gpt2": {"family": "gpt2", "n_layer": 2},
+    "depth": {"family": "depth", "n_layer": 3, "n_kv_head": 2, "window_pattern": "SL"},
+    "looped": SMALL["looped"],
+    "routed": {**SMALL["looped"], "mixture_of_depths": True},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_on_the_card_are_those_of_the_cpu(name: str, compiled: bool) -> None:
+    """FlexAttention over several blocks, forward and backward, and the way without it."""
+    plan = model_plan(**DOCUMENTS[name], n_embd=64, sequence_len=300)
+    idx = torch.randint(50, (3, 300), generator=torch.Generator().manual_seed(0))
+    draws = Draws(torch.arange(3), 3) if plan.loop else None
+    found = []
+    for device, refusal in (("cpu", None), ("cuda", None), ("cuda", "a test asks for it")):
+        model = build(plan, device=device, document_end=0)
+        model.load_state_dict(shaken(plan).state_dict())
+        model.documents = dataclasses.replace(model.documents, refusal=refusal)
+        assert model.documents.way("cuda") == ("split" if refusal else "flex")
+        run = torch.compile(model) if compiled and device == "cuda" and not refusal else model
+        if draws is not None:
+            draws = Draws(draws.key_B.to(device), draws.recurrence)
+        loss = run(idx.to(device), idx.roll(-1, 1).to(device), draws=draws)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+        found.append((loss.item(), grads))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-3)
+        assert torch.nn.functional.cosine_similarity(grads, found[0][1], 0) > 0.999
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_of_documents_on_the_card_agrees_with_the_cpu(tmp_path: Path, family: str) -> None:
+    letters = (chr(ord("a") + i * 7 % 26) * (5 + i % 90) for i in range(4000))
+    lines = (json.dumps({"text": text}) + "\n" for text in letters)
+    (tmp_path / "letters.jsonl").write_text("".join(lines))
+    words = ["data.source=letters.jsonl", "data.tokenizer=byte", "data.packing=documents"]
+    losses = {}
+    for name in ("card", "cpu"):
+        more = ["machine.gpu=cpu"] if name == "cpu" else []
+        receipt(tmp_path, family, f"name={name}", "train.precision=fp32", *words, *more)
+        rows = (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss"] for row in rows]
+        assert "packing" not in (tmp_path / f"runs/{name}/events.jsonl").read_text()
     assert losses["card"] == pytest.approx(losses["cpu"], abs=1e-3)
 
 

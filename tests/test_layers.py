@@ -17,7 +17,17 @@ LAYERS = {
     2: ["model", "recipes"],
     3: ["checkpoint", "bucket", "evals", "workers", "ranks", "hub"],
     4: ["train", "report"],
-    5: ["environment", "pipeline", "spending", "planning", "drill", "verbs", "cli", "__main__"],
+    5: [
+        "environment",
+        "pipeline",
+        "spending",
+        "planning",
+        "preparing",
+        "drill",
+        "verbs",
+        "cli",
+        "__main__",
+    ],
 }
 LAYER = {part: layer for layer, parts in LAYERS.items() for part in parts}
 APART = [{"plan", "data"}, {"train", "report"}]  # of one layer, and strangers to each other

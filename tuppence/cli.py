@@ -191,6 +191,8 @@ def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
             action="store_true",
             help="a published guide's own figures, beside what arithmetic says",
         )
+    if verb == "prepare":
+        _prepare_options(sub)
     if verb in ("run", "plan", "train"):
         sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")
 
@@ -227,6 +229,20 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
     sub.add_argument("--top-k", type=int, default=200, help="draw from this many tokens (200)")
     sub.add_argument("--seed", type=int, default=1337, help="the same seed, the same text (1337)")
+
+
+def _prepare_options(sub: argparse.ArgumentParser) -> None:
+    """A preparation shared by machines, and what else can be done with shards."""
+    many = sub.add_argument_group("one preparation on many machines (docs/data.md)")
+    many.add_argument("--rank", type=int, metavar="R", help="make this machine's slices only")
+    many.add_argument("--world", type=int, metavar="N", help="how many machines there are")
+    many.add_argument("--merge", action="store_true", help="put the slices of all together")
+    sub.add_argument("--count", action="store_true", help="verify the shards, and count them")
+    sub.add_argument(
+        "--report", action="store_true", help="how well the tokenizer compresses, beside others"
+    )
+    sub.add_argument("--export", choices=["nanogpt", "llmc"], help="write the tokens for others")
+    sub.add_argument("--out", metavar="DIR", help="the folder that --export writes")
 
 
 def _loop_options(sub: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ however it ends; a file with a process id in it would outlive `kill -9`.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,16 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's content, in hex."""
     with path.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a small file: it is what it was or what it becomes, whatever happens meanwhile."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 @contextmanager

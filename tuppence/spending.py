@@ -32,6 +32,7 @@ from tuppence.pipeline import (
     refuse_warnings,
     runs_root,
     say,
+    shards_at,
     solved,
     surveyed,
     threads_of,
@@ -43,6 +44,7 @@ from tuppence.train.pace import finish_seconds
 
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
 UPLOAD_SECONDS = 600.0  # for what is left to send when a run is over
+OF_NO_TOKEN = ("data.on_bad", "data.workers", "data.cache_gb")
 GRACE_SECONDS = 20.0  # for the same after a signal: clouds give 30 s and more
 
 
@@ -200,7 +202,7 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
         say(plan_text(draft))  # preparing may take long: here is what it is for
     with meter.phase("prepare"):
         within = _Within(meter, wanted.budget)
-        made, data = prepared(wanted, Path(job.args.data), fresh=False, tick=within.check)
+        made, data = prepared(wanted, shards_at(job.args, wanted.data), tick=within.check)
     if draft is None:
         frozen = folder.plan()
         if data.inputs_sha256 != frozen.data.inputs_sha256:
@@ -282,7 +284,7 @@ def _prepared_here(wanted: Run, args: Namespace, ranks: Any) -> Path:
     node = ranks.rank // ranks.local_world
 
     def made() -> str:
-        return str(prepared(wanted, Path(args.data), fresh=False)[0].folder.resolve())
+        return str(prepared(wanted, shards_at(args, wanted.data))[0].folder.resolve())
 
     return Path(ranks.told(f"data of node {node}", made, by=node * ranks.local_world))
 
@@ -378,10 +380,11 @@ def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
 
 
 def _check_same_run(folder: RunFolder, wanted: Run) -> None:
-    """A folder holds one run: other overrides are another run, but for those of the machine."""
+    """A folder holds one run: other overrides are another run, but for those of the machine, and
+    of data those that change no token."""
     there, now = config.asked(folder.run()), config.asked(wanted)
     odd = [k for k in {**there, **now} if there.get(k) != now.get(k)]
-    odd = [k for k in odd if not k.startswith("machine.")]
+    odd = [k for k in odd if not k.startswith("machine.") and k not in OF_NO_TOKEN]
     if odd:
         raise UserError(
             f"{folder.path} holds a run with {odd[0]}={there.get(odd[0])}, not "

@@ -28,10 +28,23 @@ S3_SECONDS = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attemp
 KNOWN = ("s3", "gs", "file", "memory")
 READ_BYTES = 1 << 20
 S3_TAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+TAGS = ("ETag", "md5Hash", "etag")  # the first that a library tells
 
 
 class Away(OSError):
     """The store did not do what was asked of it: no network, no permission, not arrived whole."""
+
+
+class Changed(Away):
+    """Another object stands at that name now."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing tells it: its size, and a tag that another content would not have."""
+
+    bytes: int
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,14 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url, self.protocol = url.rstrip("/"), protocol_of(url)
         self._fs, self._root = _filesystem(self.url, self.protocol)
+        self._bucket, _, self._key = self._root.partition("/")
         self._tags_compare = True
         # S3's library asks for the size first where it may read in parts
         self._in_one = {"max_concurrency": 1} if self.protocol == "s3" else {}
 
     def reach(self) -> None:
         """Raises UserError in one line where the bucket cannot be used at all."""
-        bucket = self._root.partition("/")[0]
+        bucket = self._bucket
         try:
             if self.protocol in ("s3", "gs") and not self._fs.exists(bucket):
                 self._fs.ls(bucket)  # says why
@@ -85,13 +99,26 @@ class Store:
 
     def find(self, under: str = "") -> dict[str, int]:
         """Every object's size by its name."""
+        return {name: entry.bytes for name, entry in self.entries(under).items()}
+
+    def entries(self, under: str = "") -> dict[str, Entry]:
+        """Every object by its name."""
         with self._told("list"):
             try:
                 found = self._fs.find(self._path(under), detail=True)
             except FileNotFoundError:
                 return {}
         cut = len(self._root) + 1
-        return {path[cut:]: int(info["size"]) for path, info in found.items()}
+        return {path[cut:]: _entry(info) for path, info in found.items()}
+
+    def entry(self, name: str) -> Entry | None:
+        """One object, or None where there is none of this name."""
+        with self._told(f"look at {name} on"):
+            try:
+                info = self._fs.info(self._path(name))
+            except FileNotFoundError:
+                return None
+        return _entry(info) if info.get("type") == "file" else None
 
     def folders(self) -> list[str]:
         """Names of the folders directly below."""
@@ -112,6 +139,33 @@ class Store:
             except FileNotFoundError:
                 return None
         return content
+
+    def read_range(self, name: str, start: int, stop: int, tag: str) -> bytes:
+        """Bytes `start` to `stop` of an object, fewer where it did not all arrive.
+
+        Raises Changed where a store that can tell (S3) has another object than the one of `tag`.
+        """
+        with self._told(f"read {name} from"):
+            if self.protocol == "s3":
+                return self._s3_range(name, start, stop, tag)
+            return bytes(self._fs.cat_file(self._path(name), start=start, end=stop))
+
+    def _s3_range(self, name: str, start: int, stop: int, tag: str) -> bytes:
+        import fsspec.asyn
+
+        async def fetch() -> bytes:
+            asked = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{tag}"'}
+            key = f"{self._key}/{name}".strip("/")
+            told = await self._fs._call_s3("get_object", Bucket=self._bucket, Key=key, **asked)
+            async with told["Body"] as body:
+                return bytes(await body.read())
+
+        try:
+            return bytes(fsspec.asyn.sync(self._fs.loop, fetch))
+        except OSError as error:
+            if _code(error) in ("PreconditionFailed", "412"):
+                raise Changed(f"{name} on {self.url} has changed") from error
+            raise
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a small object, and see that it arrived."""
@@ -204,6 +258,11 @@ class Store:
         if not self.holds(name, digest):
             raise Away(f"{name} did not arrive whole at {self.url}")
 
+    def advice(self, error: Exception) -> str:
+        """What a person can do about a store that cannot be used."""
+        told = error.__cause__ if isinstance(error, Away) else error
+        return _advice(told if isinstance(told, Exception) else error, self.protocol)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
@@ -274,6 +333,17 @@ def _tag(md5s: list[Any], protocol: str) -> str:
 
 def _md5(content: bytes = b"") -> Any:
     return hashlib.md5(content, usedforsecurity=False)
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    tag = next((info[name] for name in TAGS if info.get(name)), "")
+    return Entry(int(info["size"]), str(tag).strip('"'))
+
+
+def _code(error: OSError) -> str:
+    """What S3 itself answered, where that is behind an error of the library."""
+    answer: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def _reason(error: Exception) -> str:

@@ -16,8 +16,6 @@ from tuppence.folder import RunFolder
 from tuppence.ledger import spent
 from tuppence.live import printable
 from tuppence.pipeline import (
-    asked,
-    prepared,
     refuse_warnings,
     run_of,
     say,
@@ -82,18 +80,9 @@ def _as_published(args: Namespace) -> Document:
 
 def prepare(args: Namespace) -> Document:
     """Text to token shards."""
-    run = asked(args)
-    made, _ = prepared(run, Path(args.data), fresh=args.fresh)
-    manifest = made.manifest
-    if not args.json:
-        done = "already there" if made.reused else "done"
-        print(
-            f"{made.folder}: {done}; {manifest.documents:,} documents, {manifest.tokens:,} tokens "
-            f"({manifest.train_tokens:,} train, {manifest.val_tokens:,} val), "
-            f"{manifest.bytes_per_token:.2f} bytes a token, vocabulary {manifest.vocab_size:,}"
-        )
-    document = dataclasses.asdict(manifest)
-    return {"folder": str(made.folder), "reused": made.reused, "manifest": document}
+    from tuppence import preparing
+
+    return preparing.prepare(args)
 
 
 def train(args: Namespace) -> Document:
@@ -205,11 +194,15 @@ def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
     from tuppence import checkpoint
     from tuppence.data.tokenizer import load_tokenizer
     from tuppence.model import build
+    from tuppence.model.documents import document_end
     from tuppence.train.calibrate import pick_device
     from tuppence.workers import Workers
 
     device = pick_device() if found.machine.device == "cuda" else "cpu"
-    model = build(found.model, attention=found.machine.attention, device=device)
+    tokenizer = load_tokenizer(folder.tokenizer)
+    end = document_end(found.data, tokenizer.end_of_text)
+    attention = found.machine.attention
+    model = build(found.model, attention=attention, device=device, document_end=end)
     checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
     _set_loop(model, args)
     workers = Workers(
@@ -218,7 +211,7 @@ def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
         device=device,
         precision=found.machine.precision,
     )
-    return folder, found, workers, load_tokenizer(folder.tokenizer)
+    return folder, found, workers, tokenizer
 
 
 def _set_loop(model: Any, args: Namespace) -> None:

@@ -1,92 +1,197 @@
-"""Encode batches of pieces on all cores and hand them back in order.
+"""Windows to tokens, in worker processes, handed back in order.
 
-Threads suffice: tiktoken, `tokenizers` and numpy let go of the interpreter while they work. A few
-batches are in flight at a time, so memory does not grow with the corpus.
+    items ──look inside──▶ documents ──shuffle──▶ ids, end-of-text behind each
+
+What a window becomes depends on the window and the job alone, so the number of workers changes
+nothing but the time. A few windows are in flight, so memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tuppence.data import traits
+from tuppence.data.documents import Bad, Document, documents_of
 from tuppence.data.encoders import UnknownCharacter, unknown_character
-from tuppence.data.pieces import Piece
+from tuppence.data.inputs import InputFile
+from tuppence.data.permute import key_of, permuted
+from tuppence.data.pieces import Piece, recut
 from tuppence.data.tokenizer import Tokenizer
-from tuppence.errors import UserError
-from tuppence.host import usable_cores
+from tuppence.data.windows import Window
+from tuppence.errors import Fault, UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker knows. `seed` None keeps documents in the order they came in."""
+
+    files: Sequence[InputFile]
+    text_field: str
+    tokenizer: Tokenizer
+    dtype: np.dtype[Any]
+    seed: int | None
+    dedup: str
+    languages: bool
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One batch as ids, end-of-text included; `starts` says at which of them documents begin."""
+    """One window as ids, end-of-text included; `starts` says at which of them documents begin.
 
+    `keys` [len(starts), bands] is equal in a band where documents are duplicates (see `dedup`);
+    `languages` counts a sample of the documents.
+    """
+
+    slice: int
+    number: int
     ids: npt.NDArray[Any]
-    starts: list[int]
+    starts: npt.NDArray[np.int64]
     text_bytes: int
-
-    def until(self, count: int | None, *, token_bytes: npt.NDArray[np.int32]) -> Encoded:
-        """The first `count` ids, or all of them; the bytes of a part are its tokens' own."""
-        if count is None or count >= len(self.ids):
-            return self
-        starts = [start for start in self.starts if start < count]
-        ids = self.ids[:count]
-        return Encoded(ids, starts, int(token_bytes[ids].sum(dtype=np.int64)))
+    bad: list[Bad]
+    keys: npt.NDArray[np.uint64]
+    languages: Counter[str]
 
 
 def encode_all(
-    work: Iterable[list[Piece]], tokenizer: Tokenizer, *, dtype: np.dtype[Any]
-) -> Iterator[Encoded]:
-    """Batches encoded on all cores, in order; a few are in flight, so memory stays flat."""
-    workers = usable_cores()
+    windows: Iterator[Window], job: Job, *, workers: int
+) -> Generator[Encoded, None, None]:
+    """The windows encoded, in order. Raises UserError where a long text cannot be encoded, Fault
+    where a worker died."""
+    first = list(itertools.islice(windows, 2))
+    if workers == 1 or len(first) < 2:
+        for window in itertools.chain(first, windows):
+            yield encode_window(window, job)
+        return
     flying: deque[Future[Encoded]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    context = multiprocessing.get_context("spawn")  # a fork copies threads' locks, and is Unix's
+    with ProcessPoolExecutor(workers, context, _begin, (job,)) as pool:
         try:
-            for batch in work:
-                flying.append(pool.submit(_encode, batch, tokenizer, dtype=dtype))
-                if len(flying) > 2 * workers:
+            for window in itertools.chain(first, windows):
+                flying.append(pool.submit(_encode, window))
+                if len(flying) > workers + 1:
                     yield flying.popleft().result()
             while flying:
                 yield flying.popleft().result()
+        except BrokenProcessPool:
+            raise Fault(
+                "a worker process was killed, perhaps for its memory; run the same command to go "
+                "on, with fewer of them (data.workers) where memory is short"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _encode(
-    batch: list[Piece],
-    tokenizer: Tokenizer,
-    *,
-    dtype: np.dtype[Any],
-) -> Encoded:
-    try:
-        arrays = tokenizer.encode_batch([piece.text for piece in batch])
-    except UnknownCharacter as error:
-        raise _placed(error, batch[error.text]) from None
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    end_of_text = np.array(end, dtype=dtype)
-    text_bytes = sum(_utf8_bytes(piece.text) for piece in batch)
+_job: list[Job] = []  # of this worker process; a pool has no other place for it
+
+
+def _begin(job: Job) -> None:
+    """In a new worker: an interrupt is the parent's to handle, and its end is ours."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers have the cores already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job[:] = [job]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(window: Window) -> Encoded:
+    return encode_window(window, _job[0])
+
+
+def encode_window(window: Window, job: Job) -> Encoded:
+    """One window's tokens. Raises UserError where a part of a long text cannot be encoded."""
+    found = list(documents_of(window.items, job.files, text_field=job.text_field))
+    bad = [each for each in found if isinstance(each, Bad)]
+    documents = [
+        each for each in (found[i] for i in _order(window, job.seed)) if isinstance(each, Document)
+    ]
+    arrays, unknown = _encoded(documents, job.tokenizer)
+    if unknown and not window.items[0].whole:
+        raise UserError(unknown[0].message)
+    kept = [document for document, ids in zip(documents, arrays, strict=True) if ids is not None]
+    end = [] if job.tokenizer.end_of_text is None else [job.tokenizer.end_of_text]
     parts: list[npt.NDArray[Any]] = []
     starts = []
     count = 0
-    for piece, ids in zip(batch, arrays, strict=True):
-        if piece.offset == 0:
+    for document, ids in zip(documents, arrays, strict=True):
+        if ids is None:
+            continue
+        if not document.offset:
             starts.append(count)
-        parts.append(ids)
-        count += len(ids)
-        if piece.last:
-            parts.append(end_of_text)
-            count += len(end_of_text)
-    return Encoded(np.concatenate(parts, dtype=dtype, casting="same_kind"), starts, text_bytes)
+        parts += [ids, np.array(end, dtype=np.uint32)] if document.last else [ids]
+        count += len(ids) + len(end) * document.last
+    nothing = np.empty(0, dtype=np.uint32)
+    return Encoded(
+        slice=window.slice,
+        number=window.number,
+        ids=np.concatenate([nothing, *parts], dtype=job.dtype, casting="same_kind"),
+        starts=np.array(starts, dtype=np.int64),
+        text_bytes=sum(_utf8_bytes(document.text) for document in kept),
+        bad=bad + unknown,
+        keys=traits.keys([d for d in kept if not d.offset], dedup=job.dedup),
+        languages=traits.languages(found) if job.languages else Counter(),
+    )
 
 
-def _placed(error: UnknownCharacter, piece: Piece) -> UserError:
-    place = f"document {piece.document + 1:,}, character {piece.offset + error.offset + 1:,}"
-    return UserError(unknown_character(error.character, place, alphabet=error.alphabet))
+def _order(window: Window, seed: int | None) -> Sequence[int]:
+    """In which order a window's items are taken."""
+    count = len(window.items)
+    if seed is None or not window.items[0].whole:
+        return range(count)
+    key = key_of("documents", seed, window.slice, window.number)
+    keys = np.full(count, key, dtype=np.uint64)
+    order: list[int] = permuted(np.arange(count, dtype=np.uint64), n=count, keys=keys).tolist()
+    return order
+
+
+def _encoded(
+    documents: list[Document], tokenizer: Tokenizer
+) -> tuple[list[npt.NDArray[np.uint32] | None], list[Bad]]:
+    """Each document's ids, None for one that the tokenizer has no ids for; and those."""
+    try:
+        return list(_ids(documents, tokenizer)), []
+    except UnknownCharacter:
+        pass
+    arrays: list[npt.NDArray[np.uint32] | None] = []
+    bad = []
+    for document in documents:
+        try:
+            arrays += _ids([document], tokenizer)
+        except UnknownCharacter as error:
+            arrays.append(None)
+            place = f"{document.shown}, character {document.offset + error.offset + 1:,}"
+            message = unknown_character(error.character, place, alphabet=error.alphabet)
+            bad.append(Bad("foreign_character", message))
+    return arrays, bad
+
+
+def _ids(documents: list[Document], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.uint32]]:
+    """Long documents are cut, for tokenizers are slow and hungry on them."""
+    whole = [Piece(document.text, i, 0, True) for i, document in enumerate(documents)]
+    pieces = list(recut(whole, cut=tokenizer.cut))
+    encoded = zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
+    for _, group in itertools.groupby(encoded, key=lambda pair: pair[0].document):
+        arrays = [ids for _, ids in group]
+        yield arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _utf8_bytes(text: str) -> int:

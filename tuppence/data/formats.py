@@ -1,12 +1,11 @@
-"""Read text out of one file: .txt, .jsonl or .parquet, plain or as .gz, .xz or .zst.
+"""Read documents out of one file: .txt, .jsonl or .parquet, plain or as .gz, .xz or .zst.
 
-A file is read as a stream of (text, ends_document). A .txt file is one document and arrives in
-blocks of a megabyte, so that a large one never lies in memory; a line of JSONL or a row of
-parquet is a document.
+    bytes ──decompress──▶ blocks ──lines, rows or the whole──▶ items
 
-    bytes ──decompress──▶ blocks ──decode or split into lines──▶ (text, ends_document)
-
-Whatever is wrong with a file is said once, with its name and the place.
+An item is a document as it lies there, with its place; `documents` looks inside, in another
+process. A line of JSONL and a row of parquet are documents, and so is a .txt file: a large one
+comes as a row of pieces, so that it never lies in memory. What is wrong with a whole file is an
+error here; what is wrong with one document is for whoever looks at it.
 """
 
 from __future__ import annotations
@@ -14,76 +13,108 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import json
+import itertools
 import lzma
 import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from tuppence.data.inputs import InputFile
+from tuppence.data.pieces import Cut, Piece, recut
+from tuppence.data.slices import Part
 from tuppence.errors import UserError
 
-KINDS = ("txt", "jsonl", "parquet")
-COMPRESSIONS = ("gz", "xz", "zst")
 BLOCK_BYTES = 1 << 20
-PARQUET_ROWS = 64
+MOST_BYTES = 1 << 25  # of one line, row, or text that a tokenizer must see whole
+WHOLE_TEXT_BYTES = 1 << 22  # a longer .txt comes in pieces
+PARQUET_ROWS = 256
+ITEM_BYTES = 200  # that Python takes for an item besides what is in it
 
-Text = tuple[str, bool]
+
+class TooLong(NamedTuple):
+    """What stands for a document that is longer than MOST_BYTES: its length."""
+
+    bytes: int
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """One file to read; `shown` is its name in messages and manifests, as the person wrote it."""
+class Item(NamedTuple):
+    """A document as it was read, or a stretch of a long one from character `offset` on.
 
-    path: Path
-    shown: str
-    kind: str
-    compression: str  # one of COMPRESSIONS, or "" for none
+    `content` is a line of JSON or a text as bytes, a stretch of a long text as a string, or None
+    for a cell without one. `place` says where in the file it is, for people.
+    """
+
+    file: int
+    place: str
+    content: bytes | str | TooLong | None
+    offset: int = 0
+    last: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of its document."""
+        return self.last and not self.offset
+
+    def bytes(self) -> int:
+        """About how much room it takes."""
+        held = len(self.content) if isinstance(self.content, bytes | str) else 0
+        return ITEM_BYTES + held
 
 
 @dataclass
 class Meter:
-    """How many bytes of the input files, as they lie on disk, have been read so far."""
+    """How many bytes of the input files, as they lie there, have been read so far."""
 
     finished_bytes: int = 0
     reading: BinaryIO | None = field(default=None, repr=False)
+    began_bytes: int = 0
 
     @property
     def done_bytes(self) -> int:
-        return self.finished_bytes + (self.reading.tell() if self.reading else 0)
+        here = self.reading.tell() - self.began_bytes if self.reading else 0
+        return self.finished_bytes + max(0, here)
 
 
 class _Readable(Protocol):
     def read(self, n: int, /) -> bytes: ...
 
 
-def kind_of(name: str) -> tuple[str, str] | None:
-    """(kind, compression) told from a file's name, or None where it is of no kind known here."""
-    parts = name.lower().split(".")
-    compression = parts.pop() if parts[-1] in COMPRESSIONS else ""
-    return (parts[-1], compression) if len(parts) > 1 and parts[-1] in KINDS else None
+def open_input(file: InputFile) -> BinaryIO:
+    """The file, open for reading and seekable. Raises UserError where it cannot be opened."""
+    if file.remote:
+        from tuppence.data import remote
 
-
-def read_texts(file: InputFile, *, text_field: str, meter: Meter) -> Iterator[Text]:
-    """The file's texts, each with whether it ends its document. Raises UserError for a bad file."""
+        return remote.opened(file)
     try:
-        raw = file.path.open("rb")
+        return open(file.path, "rb")
     except OSError as error:
         raise UserError(f"{file.shown}: cannot be opened ({error.strerror}); check it") from None
-    meter.reading = raw
-    try:
-        if file.kind == "parquet":
-            yield from _parquet_texts(file, raw, text_field=text_field)
-        elif file.kind == "jsonl":
-            yield from _jsonl_texts(file, _blocks(file, raw), text_field=text_field)
-        else:
-            yield from _txt_texts(file, _blocks(file, raw))
-        meter.finished_bytes += file.path.stat().st_size
-    finally:
-        meter.reading = None
-        raw.close()
+
+
+def read_items(
+    file: InputFile, part: Part, *, text_field: str, cut: Cut = "anywhere", meter: Meter
+) -> Iterator[Item]:
+    """The items of one part of a file, in order. `cut` says where a long text may be cut.
+
+    Raises UserError for a file that cannot be read, or not as what it says it is.
+    """
+    with open_input(file) as raw:
+        meter.reading, meter.began_bytes = raw, part.nth * file.bytes // part.of
+        try:
+            if file.kind == "parquet":
+                yield from _rows(file, raw, part, text_field=text_field)
+            elif file.kind == "jsonl":
+                yield from _json_lines(file, raw, part)
+            else:
+                yield from _text(file, raw, part, cut=cut)
+            meter.finished_bytes += file.bytes // part.of
+        finally:
+            meter.reading = None
+
+
+# ---------------------------------------------------------------- bytes
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> _Readable:
@@ -114,104 +145,50 @@ def _blocks(file: InputFile, raw: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-def _txt_texts(file: InputFile, blocks: Iterator[bytes]) -> Iterator[Text]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read_bytes = 0
-    for block in blocks:
-        yield _decode(file, decoder, block, read_bytes=read_bytes), False
-        read_bytes += len(block)
-    yield _decode(file, decoder, b"", read_bytes=read_bytes, final=True), True
+# ---------------------------------------------------------------- lines
 
 
-def _decode(
-    file: InputFile,
-    decoder: codecs.IncrementalDecoder,
-    block: bytes,
-    *,
-    read_bytes: int,
-    final: bool = False,
-) -> str:
-    try:
-        return decoder.decode(block, final)
-    except UnicodeDecodeError as error:
-        # error.object is the block with the few bytes in front of it that the last one left over
-        at = read_bytes - (len(error.object) - len(block)) + error.start
-        raise UserError(_not_utf8(file, f"byte {at:,}", error)) from None
+def _json_lines(file: InputFile, raw: BinaryIO, part: Part) -> Iterator[Item]:
+    """Lines that are not blank; those that begin in this part of the file."""
+    start, end = (index * file.bytes // part.of for index in (part.nth, part.nth + 1))
+    raw.seek(max(0, start - 1))  # where a newline stands before `start`, a line begins there
+    lines = _lines(_blocks(file, raw), at=max(0, start - 1))
+    if start:
+        next(lines, None)
+    for number, (at, line) in enumerate(lines, start=1):
+        if part.of > 1 and at >= end:
+            return
+        if isinstance(line, TooLong) or (line and not line.isspace()):
+            place = f"line {number:,}" if part.of == 1 else f"the line at byte {at:,}"
+            yield Item(part.file, place, line)
 
 
-def _not_utf8(file: InputFile, place: str, error: UnicodeDecodeError) -> str:
-    bad = error.object[error.start]
-    return f"{file.shown}: not UTF-8 at {place} (0x{bad:02x}); convert the file to UTF-8"
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline. A line longer than many blocks is joined once, not per block."""
+def _lines(blocks: Iterator[bytes], *, at: int) -> Iterator[tuple[int, bytes | TooLong]]:
+    """Lines without their newline, each with where it begins. Of one that is too long only the
+    length is kept; one that is longer than many blocks is joined once, not per block."""
     parts: list[bytes] = []
+    length = 0
     for block in blocks:
-        first, newline, rest = block.partition(b"\n")
-        parts.append(first)
-        if newline:
-            yield b"".join(parts)
-            *whole, last = rest.split(b"\n")
-            yield from whole
-            parts = [last]
-    if any(parts):
-        yield b"".join(parts)
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            length += len(end)
+            yield at, _joined([*parts, end], length)
+            at, parts, length = at + length + 1, [], 0
+        length += len(rest)
+        parts = [*parts, rest] if length <= MOST_BYTES else []
+    if length:
+        yield at, _joined(parts, length)
 
 
-def _jsonl_texts(file: InputFile, blocks: Iterator[bytes], *, text_field: str) -> Iterator[Text]:
-    for number, line in enumerate(_lines(blocks), start=1):
-        if line.strip():
-            yield _json_text(file, number, line, text_field=text_field), True
+def _joined(parts: list[bytes], length: int) -> bytes | TooLong:
+    return b"".join(parts) if length <= MOST_BYTES else TooLong(length)
 
 
-def _json_text(file: InputFile, number: int, line: bytes, *, text_field: str) -> str:
-    place = f"line {number:,}"
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        where = f"{place}, byte {error.start:,} of the line"
-        raise UserError(_not_utf8(file, where, error)) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file.shown}: {place} is not JSON ({error}); mend or drop it") from None
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{file.shown}: {place} holds {_json_name(row)}, not an object; "
-            f'each line must look like {{"{text_field}": "..."}}'
-        )
-    return _text_of(file, place, row, text_field=text_field, escaped=b"\\u" in line)
+# ---------------------------------------------------------------- rows
 
 
-def _text_of(
-    file: InputFile, place: str, row: dict[str, Any], *, text_field: str, escaped: bool
-) -> str:
-    text = row.get(text_field)
-    if isinstance(text, str):
-        # only an escape such as \ud800 can put half a character into a string
-        if escaped and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError(
-                f"{file.shown}: {place} has half a surrogate pair (an escape \\ud800 to \\udfff), "
-                "which is no character; mend or drop the line"
-            )
-        return text
-    if text_field in row:
-        raise UserError(
-            f"{file.shown}: {place}: field {text_field!r} is {_json_name(text)}, not a string; "
-            "choose another with text_field"
-        )
-    there = ", ".join(row) or "no fields at all"
-    raise UserError(
-        f"{file.shown}: {place} has no field {text_field!r}; it has {there}: "
-        "choose one with data.text_field"
-    )
-
-
-def _json_name(value: object) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string"}
-    return names.get(type(value), f"{value!r}")
-
-
-def _parquet_texts(file: InputFile, raw: BinaryIO, *, text_field: str) -> Iterator[Text]:
+def _rows(file: InputFile, raw: BinaryIO, part: Part, *, text_field: str) -> Iterator[Item]:
+    """The text of each row of this part's row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -219,10 +196,23 @@ def _parquet_texts(file: InputFile, raw: BinaryIO, *, text_field: str) -> Iterat
         # parquet is read from its end, so one that was compressed as a whole must lie open first
         source = _spooled(file, raw, spool) if file.compression else raw
         try:
-            table = pyarrow.parquet.ParquetFile(source)
+            table = pyarrow.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
             _check_column(file, table.schema_arrow, text_field=text_field)
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-                yield from ((_parquet_text(file, cell), True) for cell in batch[0].to_pylist())
+            n = table.num_row_groups
+            groups = [-(-index * n // part.of) for index in (part.nth, part.nth + 1)]
+            sizes = [table.metadata.row_group(g).num_rows for g in range(groups[0])]
+            numbers = itertools.count(sum(sizes) + 1)
+            for batch in table.iter_batches(
+                batch_size=PARQUET_ROWS,
+                row_groups=list(range(*groups)),
+                columns=[text_field],
+                use_threads=False,
+            ):
+                cells = batch[0].cast(pyarrow.large_binary()).to_pylist()
+                for cell, number in zip(cells, numbers, strict=False):
+                    long = cell is not None and len(cell) > MOST_BYTES
+                    content = TooLong(len(cell)) if long else cell
+                    yield Item(part.file, f"row {number:,}", content)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -247,11 +237,54 @@ def _check_column(file: InputFile, schema: Any, *, text_field: str) -> None:
     if kind not in ("string", "large_string", "string_view"):
         raise UserError(
             f"{file.shown}: field {text_field!r} holds {kind}, not strings; "
-            "choose another with text_field"
+            "choose another with data.text_field"
         )
 
 
-def _parquet_text(file: InputFile, cell: str | None) -> str:
-    if cell is None:
-        raise UserError(f"{file.shown}: a row's text is null; drop such rows")
-    return cell
+# ---------------------------------------------------------------- texts
+
+
+def _text(file: InputFile, raw: BinaryIO, part: Part, *, cut: Cut) -> Iterator[Item]:
+    """A text that is not long as it lies there, a longer one in pieces."""
+    blocks = _blocks(file, raw)
+    held: list[bytes] = []
+    held_bytes = 0
+    for block in blocks:
+        held.append(block)
+        held_bytes += len(block)
+        if held_bytes > WHOLE_TEXT_BYTES:
+            break
+    else:
+        yield Item(part.file, "", b"".join(held))
+        return
+    decoded = _decoded(file, itertools.chain(held, blocks))
+    for piece in recut(_checked(file, decoded, cut=cut), cut=cut):
+        yield Item(part.file, "", piece.text, piece.offset, piece.last)
+
+
+def _decoded(file: InputFile, blocks: Iterator[bytes]) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read_bytes = offset = 0
+    for block in itertools.chain(blocks, [b""]):
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            # error.object is the block with the few bytes before it that the last one left over
+            at = read_bytes - (len(error.object) - len(block)) + error.start
+            bad = error.object[error.start]
+            raise UserError(
+                f"{file.shown}: not UTF-8 at byte {at:,} (0x{bad:02x}); convert the file to UTF-8"
+            ) from None
+        yield Piece(text, 0, offset, not block)
+        read_bytes, offset = read_bytes + len(block), offset + len(text)
+
+
+def _checked(file: InputFile, pieces: Iterator[Piece], *, cut: Cut) -> Iterator[Piece]:
+    """The pieces; a text that must be held whole may not be too long for that."""
+    for piece in pieces:
+        if cut == "nowhere" and piece.offset > MOST_BYTES:
+            raise UserError(
+                f"{file.shown}: longer than {MOST_BYTES:,} characters, and this tokenizer must see "
+                "a text whole; split the file"
+            )
+        yield piece

@@ -8,14 +8,17 @@ train on the same stream. Sample k of a run is a window of the split's token str
 
 Windows do not overlap, so an epoch sees each token at most once and all but an edge; the offset
 moves the borders from epoch to epoch, anywhere that leaves room for all windows (at least
-`sequence_len` ways), so that every token has its turn; `order` is a keyed permutation
-(`permute`).
+`sequence_len` ways), so that every token has its turn; `order` is a keyed permutation, within
+blocks of BLOCK_TOKENS and of the blocks (`permute.Order`): few shards are read at a time, and which
+ones come next is known. They may be on a bucket (`cache`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,52 +26,105 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.permute import U64, key_of, mix, permuted
-from tuppence.data.shards import Tokens, check_sizes, load_manifest, open_shard
+from tuppence.data.cache import Cache, load_bucket, to_stderr
+from tuppence.data.permute import U64, Order, Visit, key_of, mix, permuted
+from tuppence.data.shards import Tokens, check_sizes, load_manifest, open_shard, token_dtype
 from tuppence.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+Rows = npt.NDArray[Any]  # [sequences, tokens]: int64, or what tokens are on disk
 
+BLOCK_TOKENS = 2**27  # 256 MiB of uint16, a block and the next: half a GiB of a bucket
 # Window starts are computed for this many samples at once: numpy's cost per call, spread thin.
-_BLOCK_SAMPLES = 4096
+_SAMPLES_AT_ONCE = 4096
 
 
 class _Stream:
     """All shards of a split as one sequence of tokens, read through memory maps."""
 
-    def __init__(self, folder: Path, *, split: str) -> None:
+    def __init__(self, folder: Path, *, split: str, say: Callable[[str], None] = to_stderr) -> None:
         manifest = load_manifest(folder)
-        check_sizes(folder, manifest)
-        shards = [shard for shard in manifest.of_split(split) if shard.tokens]
-        self._shards: list[Tokens] = [open_shard(folder / shard.file) for shard in shards]
-        self._ends = np.cumsum([0] + [shard.tokens for shard in shards])
+        shards, bucket = manifest.of_split(split), load_bucket(folder)
+        self._cache = None if bucket is None else Cache(folder, manifest, bucket, say=say)
+        if self._cache is None:
+            check_sizes(folder, dataclasses.replace(manifest, shards=shards))
+        self._folder, self._shards = folder, [shard for shard in shards if shard.tokens]
+        self._ends = np.cumsum([0] + [shard.tokens for shard in self._shards])
+        self._maps: list[Tokens | None] = [None] * len(self._shards)
         self.tokens = int(self._ends[-1])
-        self.source = manifest.source
+        self.source, self.dtype = manifest.source, token_dtype(manifest.vocab_size)
+
+    def copy(self, rows: Rows, starts: Ints) -> None:
+        """Fill each row with the tokens from its start on: one copy, from the map."""
+        indices = np.searchsorted(self._ends, starts, side="right") - 1
+        insides, length = starts - self._ends[indices], rows.shape[1]
+        # by rows: numpy has no gather that converts as well, and a row costs half a microsecond
+        places = zip(indices.tolist(), insides.tolist(), strict=True)
+        for row, (index, inside) in zip(rows, places, strict=True):
+            part = self._mapped(index)[inside : inside + length]
+            if len(part) == length:
+                row[:] = part
+            else:
+                self._copy_across(row, index, part)
 
     def windows(self, starts: Ints, *, length: int) -> Ints:
         """[len(starts), length] tokens from each start on."""
-        if len(self._shards) == 1:
-            places = starts[:, None] + np.arange(length)
-            return self._shards[0].take(places).astype(np.int64)
         rows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            self._copy(row, start)
+        self.copy(rows, starts)
         return rows
 
-    def _copy(self, row: Ints, start: int) -> None:
-        """Fill the row from `start` on, across shards where it must."""
-        index = int(np.searchsorted(self._ends, start, side="right")) - 1
+    def keep(self, now: Sequence[range], soon: Sequence[range]) -> None:
+        """Tokens of these ranges are asked for until the next call, and then those of `soon`."""
+        here, coming = self._holding(now), self._holding(soon)
+        for index in {*range(len(self._maps))} - {*here}:
+            self._maps[index] = None
+        if self._cache is not None:
+            self._cache.keep([self._shards[i] for i in here], [self._shards[i] for i in coming])
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards come from a bucket."""
+        return self._cache is not None
+
+    def close(self) -> None:
+        """Nothing more is fetched."""
+        if self._cache is not None:
+            self._cache.close()
+
+    def _holding(self, ranges: Sequence[range]) -> list[int]:
+        """The shards that hold these tokens."""
+        found: set[int] = set()
+        for tokens in ranges:
+            first, last = np.searchsorted(self._ends, [tokens[0], tokens[-1]], side="right") - 1
+            found |= {*range(int(first), int(last) + 1)}
+        return sorted(found)
+
+    def _mapped(self, index: int) -> Tokens:
+        found = self._maps[index]
+        if found is None:
+            shard = self._shards[index]
+            path = self._folder / shard.file
+            found = open_shard(path) if self._cache is None else self._cache.open(shard)
+            self._maps[index] = found
+        return found
+
+    def _copy_across(self, row: npt.NDArray[Any], index: int, part: Tokens) -> None:
+        """Fill a row that begins with `part`, a shard's end, from the shards after it."""
         filled = 0
-        while filled < len(row):
-            inside = start + filled - int(self._ends[index])
-            part = self._shards[index][inside : inside + len(row) - filled]
+        while True:
             row[filled : filled + len(part)] = part
             filled += len(part)
+            if filled == len(row):
+                return
             index += 1
+            part = self._mapped(index)[: len(row) - filled]
 
 
 class Loader:
-    """Training batches of a prepared folder; `batch_size` counts the global batch's sequences."""
+    """Training batches of a prepared folder; `batch_size` counts the global batch's sequences.
+
+    One thread may use it at a time. `say` gets what a person should know of a bucket's shards.
+    """
 
     def __init__(
         self,
@@ -78,54 +134,106 @@ class Loader:
         sequence_len: int,
         batch_size: int,
         seed: int,
+        say: Callable[[str], None] = to_stderr,
     ) -> None:
         self.sequence_len, self.batch_size, self.seed = sequence_len, batch_size, seed
-        self._stream = _Stream(folder, split=split)
+        self._stream = _Stream(folder, split=split, say=say)
         self.tokens = self._stream.tokens
         if self.tokens < sequence_len + 1:
             raise UserError(_too_short(self._stream, split=split, sequence_len=sequence_len))
         # as many as leave a choice of sequence_len offsets: every epoch has the same number
         self.n_windows = max(1, (self.tokens - sequence_len) // sequence_len)
         self._offsets = self.tokens - self.n_windows * sequence_len
-        self._key = key_of("loader", seed, split)
-        self._block: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
+        block = max(1, BLOCK_TOKENS // sequence_len)
+        self._order = Order(self.n_windows, block=block, key=key_of("loader", seed, split))
+        self._kept = range(0)  # samples of the block that is read now
+        self._drawn: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What tokens are on disk."""
+        return self._stream.dtype
+
+    @property
+    def remote(self) -> bool:
+        """Whether a batch may have to wait for a network."""
+        return self._stream.remote
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Ints:
         """[batch_size / world_size, sequence_len + 1] tokens: inputs [:, :-1], targets [:, 1:].
 
         The ranks' batches, one below the other, are the batch of a world of one.
         """
+        rows = np.empty((self.rows(world_size), self.sequence_len + 1), dtype=np.int64)
+        self.fill(rows, step, rank=rank)
+        return rows
+
+    def fill(self, rows: Rows, step: int, *, rank: int = 0) -> None:
+        """The same into an array that is there, whose rows are one of the ranks' share."""
+        first, count = step * self.batch_size + rank * len(rows), len(rows)
+        self._keep(first, first + count)
+        self._stream.copy(rows, self._starts(first, count))
+
+    def rows(self, world_size: int) -> int:
+        """A rank's sequences in each batch."""
         if self.batch_size % world_size:
             raise UserError(
                 f"a batch of {self.batch_size} sequences cannot be shared by {world_size} ranks; "
                 "make train.batch_tokens a multiple of ranks x sequence_len"
             )
-        rows = self.batch_size // world_size
-        first = step * self.batch_size + rank * rows
-        return self._stream.windows(self._starts(first, rows), length=self.sequence_len + 1)
+        return self.batch_size // world_size
 
     def epochs(self, step: int) -> float:
         """How often the split has been seen when `step` steps are done."""
         return step * self.batch_size / self.n_windows
 
+    def close(self) -> None:
+        """Nothing more is read ahead."""
+        self._stream.close()
+
+    def _keep(self, first: int, end: int) -> None:
+        """Have the blocks of these samples at hand, and the next one on its way."""
+        if first in self._kept and end - 1 in self._kept:
+            return
+        if self._order.n_blocks == 1:  # all of it, for ever
+            self._kept = range(sys.maxsize)
+            return self._stream.keep([range(self.tokens)], [])
+        visits = [self._order.visit(first)]
+        while visits[-1].end < end:
+            visits.append(self._order.visit(visits[-1].end))
+        now, soon = [self._tokens_of(visit) for visit in visits], []
+        self._kept = range(0)
+        if len(visits) == 1:  # what reaches into the next block leaves the one after it for later
+            self._kept = range(visits[0].first, visits[0].end)
+            soon = [self._tokens_of(self._order.visit(visits[0].end))]
+        return self._stream.keep(now, soon)
+
+    def _tokens_of(self, visit: Visit) -> range:
+        length = self.sequence_len
+        offset = int(self._epoch_offsets(np.array([visit.epoch], dtype=np.uint64))[0])
+        return range(offset + visit.low * length, offset + visit.high * length + 1)
+
     def _starts(self, first: int, count: int) -> Ints:
-        """Window starts of samples first ... first + count - 1, through the last block computed."""
+        """Window starts of samples first ... first + count - 1, through the last ones drawn."""
         found = []
         while count:
-            block, inside = divmod(first, _BLOCK_SAMPLES)
-            if self._block[0] != block:
-                self._block = (block, self._starts_of_block(block))
-            found.append(self._block[1][inside : inside + count])
+            batch, inside = divmod(first, _SAMPLES_AT_ONCE)
+            if self._drawn[0] != batch:
+                self._drawn = (batch, self._draw(batch))
+            found.append(self._drawn[1][inside : inside + count])
             first, count = first + len(found[-1]), count - len(found[-1])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _starts_of_block(self, block: int) -> Ints:
-        samples = np.arange(_BLOCK_SAMPLES, dtype=np.uint64) + np.uint64(block * _BLOCK_SAMPLES)
-        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
-        keys: U64 = mix(epochs + np.uint64(self._key))
-        offsets = mix(keys ^ np.uint64(key_of("offset"))) % np.uint64(self._offsets)
-        windows = permuted(places, n=self.n_windows, keys=keys)
+    def _draw(self, batch: int) -> Ints:
+        first = np.uint64(batch * _SAMPLES_AT_ONCE)
+        samples = np.arange(_SAMPLES_AT_ONCE, dtype=np.uint64) + first
+        offsets = self._epoch_offsets(samples // np.uint64(self.n_windows))
+        windows = self._order.at(samples)
         return (offsets + windows * np.uint64(self.sequence_len)).astype(np.int64)
+
+    def _epoch_offsets(self, epochs: U64) -> U64:
+        keys = self._order.keys(epochs)
+        return mix(keys ^ np.uint64(key_of("offset"))) % np.uint64(self._offsets)
 
 
 def _too_short(stream: _Stream, *, split: str, sequence_len: int) -> str:

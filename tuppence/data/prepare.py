@@ -1,53 +1,43 @@
 """Text to token shards: once per (inputs, options), on all cores, in memory that does not grow.
 
-    read ─▶ cut ─▶ batches ─▶ encode on every core ─▶ append, in order, to shards ─▶ cut the tail
-    off as val
+    files ─▶ slices ─▶ windows ─▶ worker processes ─▶ slice files, in order ─▶ shards + manifest
 
 The folder's name carries a hash over everything its tokens depend on, so asking again finds it.
-It is written aside and renamed when whole: it is complete or absent, whatever kills the process,
-and two processes that want the same folder take turns.
+It is written aside and renamed when whole: it is complete or absent. What a kill leaves in the
+work folder is gone on with (`work`), and comes to the same bytes.
 
-    val = the last min(tenth, 10,485,760) tokens, or `val_tokens`;  train = what is before it
+Several machines share a preparation by slices: each makes every `world`-th, in one work folder or
+behind one bucket, and one of them puts all slices together (`merge`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tuppence.data.encode import encode_all
-from tuppence.data.formats import InputFile, Meter
-from tuppence.data.pieces import batches, recut
-from tuppence.data.shards import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    REMEDY,
-    Input,
-    Manifest,
-    check_sizes,
-    load_manifest,
-    token_dtype,
-)
-from tuppence.data.sources import find_files, has_one_document, read_pieces, slug_of, source_bytes
-from tuppence.data.split import default_val_tokens, split_rule, wanted_tokens
+from tuppence import config
+from tuppence.data import corpora, traits
+from tuppence.data.cache import BUCKET, Bucket, load_bucket
+from tuppence.data.given import stand_in
+from tuppence.data.inputs import InputFile
+from tuppence.data.make import Options, Task, make, missing, stream_of, tokenizer_of
+from tuppence.data.reading import has_one_document
+from tuppence.data.shards import MANIFEST, REMEDY, Manifest, check_sizes, load_manifest
+from tuppence.data.shelf import Shelf
+from tuppence.data.sources import find_files, slug_of, source_bytes
 from tuppence.data.survey import Survey, survey
-from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec, spec_identity
-from tuppence.data.writer import ShardWriter, cut_tail
+from tuppence.data.tokenizer import parse_spec
 from tuppence.errors import Fault, UserError
-from tuppence.files import file_sha256, locked
+from tuppence.files import file_sha256, locked, try_lock, write_whole
 from tuppence.host import usable_cores
+from tuppence.store import Store
 
-__all__ = ["Prepared", "Progress", "Survey", "prepare", "survey"]
-
-# Raise it when this program makes other tokens of the same inputs and options.
-_RECIPE = 1
+__all__ = ["Options", "Prepared", "Progress", "Survey", "prepare", "prepare_slices", "survey"]
 
 
 @dataclass(frozen=True)
@@ -71,27 +61,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """All that was asked, with its inputs found and hashed."""
+class Sliced:
+    """What one machine of several made: its slices of how many, their tokens, and where."""
 
-    source: str
-    tokenizer: str
-    found: list[InputFile]
-    inputs: list[Input]
-    text_field: str
-    max_tokens: int | None
-    val_tokens: int | None
-    shard_tokens: int
+    folder: Path
+    mine: int
+    slices: int
+    tokens: int
 
-    def key(self) -> str:
-        """sha256 over what the tokens depend on: contents and options, no names of files."""
-        kinds = [
-            (file.kind, item.sha256) for file, item in zip(self.found, self.inputs, strict=True)
-        ]
-        named = any(file.kind != "txt" for file in self.found)
-        parts = [_RECIPE, kinds, spec_identity(self.tokenizer), self.text_field if named else None]
-        parts += [self.max_tokens, self.val_tokens, self.shard_tokens]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+@dataclass(frozen=True)
+class Place:
+    """Where shards go: a folder, or the bucket at `url`, which `root` then stands before.
+    `cache_bytes` is how much of what is on a bucket may lie in `root`."""
+
+    root: Path
+    url: str | None = None
+    cache_bytes: int = 20_000_000_000
 
 
 class _Watch:
@@ -102,66 +88,147 @@ class _Watch:
         self._total_bytes = total_bytes
         self._began = time.monotonic()
 
-    def say(self, phase: str, *, done_bytes: int = 0, tokens: int = 0) -> None:
+    def say(self, phase: str, done_bytes: int = 0, tokens: int = 0) -> None:
         seconds = time.monotonic() - self._began
         self._tell(Progress(phase, done_bytes, self._total_bytes, tokens, seconds))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A preparation that was asked for: what, where, under which key, and who hears of it."""
+
+    task: Task
+    folder: Path
+    key: str
+    store: Store | None
+    watch: _Watch
+
+    @property
+    def shelf(self) -> Shelf:
+        """The work folder, which is there until the folder is."""
+        return Shelf(self.folder.with_name(f"{self.folder.name}.partial"), self.store)
+
+    def lock(self, name: str = "") -> Path:
+        """The lock that a whole preparation, or that of one machine, holds."""
+        return self.folder.with_name(f".{self.folder.name}{name}.lock")
 
 
 def prepare(
     *,
     source: str,
     tokenizer: str,
-    root: Path,
-    text_field: str = "text",
-    max_tokens: int | None = None,
-    val_tokens: int | None = None,
+    root: Path | Place,
+    options: Options = Options(),  # noqa: B008 (frozen)
     fresh: bool = False,
-    shard_tokens: int = 100_000_000,
+    merge: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Prepared:
     """Shards of `source` in `root`, made now or found there.
 
-    `max_tokens` caps the train split, exactly; reading stops when it and the validation split are
-    full. `fresh` makes the folder anew. Raises UserError for bad input, Fault for a damaged
-    folder.
+    `options.max_tokens` caps the train split, exactly; reading stops when it and the validation
+    split are full. `fresh` makes the folder anew; `merge` says how many machines have made
+    the slices, which are only put together then. Raises UserError for bad input, Fault for a
+    damaged folder.
     """
-    _check_options(max_tokens=max_tokens, val_tokens=val_tokens, shard_tokens=shard_tokens)
+    work, place = _work(source, tokenizer, root, options, on_progress)
+    with _alone(work):
+        if not fresh and (found := _found(work, place)) is not None:
+            return Prepared(work.folder, _checked(work, found), reused=True)
+        shelf = work.shelf
+        with _begun(work, fresh=fresh):
+            made = tokenizer_of(work.task, shelf, say=work.watch.say)
+            shelf.look()
+            if merge:
+                _refuse_missing(missing(work.task, shelf, made), merge)
+            if not (shelf.folder / MANIFEST).exists():
+                manifest = make(work.task, shelf, made, key=work.key, say=work.watch.say)
+                write_whole(shelf.folder / MANIFEST, manifest.to_json().encode())
+        _publish(work, place)
+        return Prepared(work.folder, load_manifest(work.folder), reused=False)
+
+
+def prepare_slices(
+    *,
+    source: str,
+    tokenizer: str,
+    root: Path | Place,
+    options: Options,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Sliced:
+    """This machine's slices, `options.rank` of `options.world`; `prepare(merge=True)` puts those
+    of all together. Run again, it goes on where it was. Raises as `prepare` does."""
+    work, _ = _work(source, tokenizer, root, options, on_progress)
+    name = f".rank{options.rank}"
+    with locked(work.lock(name), on_wait=lambda: work.watch.say("waiting for this rank's other")):
+        with _begun(work, fresh=False):
+            made = tokenizer_of(work.task, work.shelf, say=work.watch.say)
+            stream = stream_of(work.task, work.shelf, made, say=work.watch.say)
+            work.shelf.look()
+            stream.fill(work.task.split().wanted_tokens())
+        done = stream.done()
+        tokens = sum(done[number].tokens for number in stream.mine)
+        return Sliced(work.shelf.folder, len(stream.mine), len(done), tokens)
+
+
+# ---------------------------------------------------------------- asked
+
+
+def _work(
+    source: str,
+    tokenizer: str,
+    root: Path | Place,
+    options: Options,
+    on_progress: Callable[[Progress], None] | None,
+) -> tuple[_Work, Place]:
+    _check_options(options)
     parse_spec(tokenizer)
     found = find_files(source)
     watch = _Watch(on_progress, total_bytes=source_bytes(found))
     watch.say("hashing the inputs")
-    inputs = _hash_inputs(found)
-    job = _Job(source, tokenizer, found, inputs, text_field, max_tokens, val_tokens, shard_tokens)
-    key = job.key()
-    slug = "-".join((slug_of(source), _tokenizer_slug(tokenizer)))
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"{slug}-{key[:12]}"
-    with locked(
-        root / f".{folder.name}.lock",
-        on_wait=lambda: watch.say("waiting for another process that prepares the same"),
-    ):
-        if folder.exists() and not fresh:
-            return Prepared(folder, _reuse(folder, key=key), reused=True)
-        return Prepared(folder, _make(job, folder, key=key, watch=watch), reused=False)
+    found = _identified(found)
+    single = has_one_document(found, text_field=options.text_field)
+    task = Task(source, tokenizer, _licence(source), found, options, single)
+    key = task.key()
+    name = f"{slug_of(source)}-{_tokenizer_slug(tokenizer)}-{key[:12]}"
+    place = root if isinstance(root, Place) else Place(root)
+    place.root.mkdir(parents=True, exist_ok=True)
+    store = None
+    if place.url is not None:
+        store = Store(f"{place.url.rstrip('/')}/{name}")
+        store.reach()
+    return _Work(task, place.root / name, key, store, watch), place
 
 
-def _check_options(*, max_tokens: int | None, val_tokens: int | None, shard_tokens: int) -> None:
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"data.max_tokens is {max_tokens:,}; give at least 1, or leave it out")
-    if val_tokens is not None and val_tokens < 1:
-        raise UserError(f"data.val_tokens is {val_tokens:,}; give at least 1, or leave it out")
-    if not 1 <= shard_tokens < 2**31:
+def _licence(source: str) -> str | None:
+    return corpora.CORPORA[source].licence if source in corpora.CORPORA else None
+
+
+def _check_options(options: Options) -> None:
+    for key in ("max_tokens", "val_tokens"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise UserError(f"data.{key} is {value:,}; give at least 1, or leave it out")
+    if not 1 <= options.shard_tokens < 2**31:
         raise UserError(
-            f"shard_tokens is {shard_tokens:,}; a shard holds 1 to 2,147,483,647 tokens"
+            f"shard_tokens is {options.shard_tokens:,}; a shard holds 1 to 2,147,483,647 tokens"
         )
+    if not 0 <= options.rank < options.world:
+        raise UserError(
+            f"rank {options.rank} of {options.world}: ranks are 0 to {options.world - 1}"
+        )
+    traits.bands_of(options.dedup)
 
 
-def _hash_inputs(found: list[InputFile]) -> list[Input]:
+def _identified(found: list[InputFile]) -> list[InputFile]:
+    """The files with what their content is: where the place does not tell, they are hashed."""
+
+    def identified(file: InputFile) -> InputFile:
+        if file.identity:
+            return file
+        return replace(file, identity=f"sha256:{file_sha256(Path(file.path))}")
+
     with ThreadPoolExecutor(usable_cores()) as pool:
-        hashes = list(pool.map(file_sha256, (file.path for file in found)))
-    sizes = [file.path.stat().st_size for file in found]
-    shown = [file.shown for file in found]
-    return [Input(*each) for each in zip(shown, sizes, hashes, strict=True)]
+        return list(pool.map(identified, found))
 
 
 def _tokenizer_slug(spec: str) -> str:
@@ -169,152 +236,106 @@ def _tokenizer_slug(spec: str) -> str:
     return f"bpe{argument}" if kind == "bpe" else kind
 
 
-def _reuse(folder: Path, *, key: str) -> Manifest:
-    """The manifest of a folder that is there; sizes and the tokenizer's hash are checked."""
-    manifest = load_manifest(folder)
-    if manifest.inputs_sha256 != key:
+# ---------------------------------------------------------------- found
+
+
+def _found(work: _Work, place: Place) -> Manifest | None:
+    """The manifest of a folder that is there, or on the bucket."""
+    if not work.folder.exists() and work.store is not None:
+        content = work.store.read(MANIFEST)
+        if content is None:
+            return None
+        work.watch.say("found on the bucket")
+        stand_in(work.folder, work.store, content, cache_bytes=place.cache_bytes)
+    return load_manifest(work.folder) if work.folder.exists() else None
+
+
+def _checked(work: _Work, manifest: Manifest) -> Manifest:
+    """The manifest, whose sizes and tokenizer are as it says."""
+    folder = work.folder
+    if manifest.inputs_sha256 != work.key:
         raise Fault(f"{folder}: made from other inputs than its name says; {REMEDY}")
-    check_sizes(folder, manifest)
+    if load_bucket(folder) is None:  # those of a bucket are looked at as they come
+        check_sizes(folder, manifest)
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file() or file_sha256(path) != manifest.tokenizer_sha256:
         raise Fault(f"{path}: missing or altered since it was written; {REMEDY}")
+    if manifest.bad and work.task.options.on_bad == "refuse":
+        first = next(iter(manifest.bad_named.values()))
+        raise UserError(
+            f"{folder} leaves out {sum(manifest.bad.values()):,} broken documents ({first}); say "
+            "data.on_bad=skip to use it"
+        )
     return manifest
 
 
-def _make(job: _Job, folder: Path, *, key: str, watch: _Watch) -> Manifest:
-    """Write `<folder>.partial` and rename it. Call it with the folder's lock held."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    if partial.exists():
-        watch.say("starting over: an earlier preparation was interrupted")
-        shutil.rmtree(partial)
-    partial.mkdir()
+# ---------------------------------------------------------------- made
+
+
+@contextmanager
+def _alone(work: _Work) -> Iterator[None]:
+    """Nobody else prepares the same here. Raises UserError where one of many machines does."""
+    waiting = "waiting for another process that prepares the same"
+    with locked(work.lock(), on_wait=lambda: work.watch.say(waiting)):
+        for path in work.folder.parent.glob(f".{work.folder.name}.rank*.lock"):
+            with path.open("a+b") as file:
+                if not try_lock(file):
+                    rank = path.name.removesuffix(".lock").rpartition("rank")[2]
+                    raise UserError(
+                        f"rank {rank} of this preparation is at work in {work.folder.parent}; "
+                        "wait for it"
+                    )
+        yield
+
+
+@contextmanager
+def _begun(work: _Work, *, fresh: bool) -> Iterator[None]:
+    """The work folder is there; input that will not get better leaves an empty one behind gone."""
+    folder = work.shelf.folder
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+        if work.store is not None:
+            work.store.delete(MANIFEST)
+            work.shelf.clear()
+    elif folder.exists():
+        work.watch.say("going on with a preparation that was interrupted")
+    folder.mkdir(exist_ok=True)
     try:
-        manifest = _write(job, partial, key=key, watch=watch)
-    except UserError:  # the input will not get better: leave nothing behind
-        shutil.rmtree(partial)
+        yield
+    except UserError:
+        if not any(folder.glob("slice_*.json")):
+            shutil.rmtree(folder)
         raise
-    _put_in_place(partial, folder)
-    return manifest
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _refuse_missing(numbers: list[int], world: int) -> None:
+    if numbers:
+        ranks = sorted({number % world for number in numbers})
+        which = f"rank {', '.join(map(str, ranks))} of {world}" if world > 1 else "a rank"
+        shown = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
+        raise UserError(f"slices {shown} are not made yet: run {which} again, then merge")
+
+
+def _publish(work: _Work, place: Place) -> None:
+    """What is made becomes the folder; on a bucket the manifest is the last to arrive."""
+    shelf, manifest = work.shelf, load_manifest(work.shelf.folder)
+    if work.store is not None:
+        for path in sorted((shelf.folder / "tokenizer").iterdir()):
+            shelf.write(f"tokenizer/{path.name}", path.read_bytes())
+        shelf.keep(s.file for s in manifest.shards if (shelf.folder / s.file).exists())
+        note = config.to_json(Bucket(work.store.url, place.cache_bytes))
+        (shelf.folder / BUCKET).write_text(note, encoding="utf-8")
+        shelf.write(MANIFEST, manifest.to_json().encode())
+    shelf.clear({shard.file for shard in manifest.shards})
+    _put_in_place(shelf.folder, work.folder)
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
     if folder.exists():  # a folder that is not empty cannot be renamed over
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        partial.rename(folder)
+        made.rename(folder)
         shutil.rmtree(old)
     else:
-        partial.rename(folder)
-
-
-def _write(job: _Job, partial: Path, *, key: str, watch: _Watch) -> Manifest:
-    tokenizer = _tokenizer_for(job, watch=watch)
-    wanted = wanted_tokens(max_tokens=job.max_tokens, val_tokens=job.val_tokens)
-    with ThreadPoolExecutor(1) as beside:  # writing GPT-2's tokenizer.json takes half a second
-        saving = beside.submit(tokenizer.save, partial / "tokenizer")
-        stream = _write_stream(job, tokenizer, partial, wanted=wanted, watch=watch)
-        saving.result()
-    if not stream.bytes:
-        raise UserError(
-            f"data.source {job.source!r} is empty: there is no text in it; give it some"
-        )
-    watch.say("cutting off the validation split", tokens=stream.tokens)
-    val_tokens = _val_tokens(job, stream.tokens)
-    tail = cut_tail(
-        stream.shards,
-        tail_tokens=val_tokens,
-        shard_tokens=job.shard_tokens,
-        token_bytes=tokenizer.token_bytes(),
-        vocab_size=tokenizer.vocab_size,
-    )
-    manifest = Manifest(
-        version=MANIFEST_VERSION,
-        source=job.source,
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        inputs=job.inputs,
-        inputs_sha256=key,
-        documents=stream.documents,
-        tokens=stream.tokens,
-        train_tokens=stream.tokens - val_tokens,
-        val_tokens=val_tokens,
-        bytes=stream.bytes,
-        bytes_per_token=stream.bytes / stream.tokens,
-        val_bytes=tail.bytes,
-        val_sha256=tail.sha256,
-        split_rule=split_rule(max_tokens=job.max_tokens, val_tokens=job.val_tokens),
-        text_field=job.text_field,
-        max_tokens=job.max_tokens,
-        shards=tail.shards,
-    )
-    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    return manifest
-
-
-def _val_tokens(job: _Job, tokens: int) -> int:
-    if job.val_tokens is None:
-        return default_val_tokens(tokens)
-    if 2 * job.val_tokens > tokens:
-        raise UserError(
-            f"data.val_tokens {job.val_tokens:,} is more than half of the {tokens:,} tokens there "
-            f"are; give at most {tokens // 2:,}"
-        )
-    return job.val_tokens
-
-
-def _tokenizer_for(job: _Job, *, watch: _Watch) -> Tokenizer:
-    kind, _ = parse_spec(job.tokenizer)
-    if kind == "bpe":
-        watch.say("learning the tokenizer from the corpus")
-    single = None
-    if kind == "char":
-        single = has_one_document(job.found, text_field=job.text_field)
-
-    def texts() -> Iterator[str]:
-        meter = Meter()
-        pieces = read_pieces(job.found, text_field=job.text_field, meter=meter)
-        for piece in recut(pieces, cut="anywhere" if kind == "char" else "before_space"):
-            yield piece.text
-
-    return build_tokenizer(job.tokenizer, texts=texts, single_document=single)
-
-
-@dataclass
-class _Stream:
-    """What has been written: shards in stream order and counts over them."""
-
-    shards: list[Path]
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-
-
-def _write_stream(
-    job: _Job, tokenizer: Tokenizer, partial: Path, *, wanted: int | None, watch: _Watch
-) -> _Stream:
-    """All tokens, or the first `wanted`, into train shards."""
-    meter = Meter()
-    pieces = read_pieces(job.found, text_field=job.text_field, meter=meter)
-    work = batches(recut(pieces, cut=tokenizer.cut))
-    stream = _Stream([])
-    token_bytes = tokenizer.token_bytes()
-    dtype = token_dtype(tokenizer.vocab_size)
-    with ShardWriter(partial, "train", dtype=dtype, shard_tokens=job.shard_tokens) as writer:
-        for encoded in encode_all(work, tokenizer, dtype=dtype):
-            left = None if wanted is None else wanted - stream.tokens
-            kept = encoded.until(left, token_bytes=token_bytes)
-            writer.append(kept.ids)
-            stream.tokens += len(kept.ids)
-            stream.bytes += kept.text_bytes
-            stream.documents += len(kept.starts)
-            watch.say("tokenizing", done_bytes=meter.done_bytes, tokens=stream.tokens)
-            if stream.tokens == wanted:
-                break
-    stream.shards = writer.paths
-    return stream
+        made.rename(folder)

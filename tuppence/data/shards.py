@@ -25,7 +25,7 @@ from tuppence.files import file_sha256
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MAX_SHARD_TOKENS = 2**31 - 1
 REMEDY = "re-run prepare with --fresh, or delete the folder"
 
@@ -39,11 +39,12 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Input:
-    """A file that tokens came from; `path` is as the person gave it."""
+    """A file that tokens came from; `path` is as the person gave it, with the revision of a
+    dataset. `identity` names its content: sha256:HEX, or what the place it lies at calls it."""
 
     path: str
     bytes: int
-    sha256: str
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Manifest:
     that the tokens stand for; `val_sha256` is over the validation tokens as little-endian uint32,
     so that it does not depend on how they are stored; `inputs_sha256` covers all that the tokens
     depend on.
+
+    `seed` is of the documents' order, None where they are in the order of the files. `duplicates`
+    were left out, and so were those that `bad` counts by what was wrong; `bad_named` has the first
+    of each. `lengths` (in tokens) and `languages` (shares of a sample; None where they were not
+    looked at) tell what kind of documents there are.
     """
 
     version: int
@@ -83,6 +89,14 @@ class Manifest:
     split_rule: str
     text_field: str
     max_tokens: int | None
+    seed: int | None
+    dedup: str
+    duplicates: int
+    bad: dict[str, int]
+    bad_named: dict[str, str]
+    lengths: dict[str, float]
+    languages: dict[str, float] | None
+    licence: str | None
     shards: list[Shard]
 
     def to_json(self) -> str:
@@ -154,8 +168,13 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise Fault(f"{path}: missing, so this is no prepared corpus; run prepare")
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """The manifest that is in `text`, found at `path`. Raises Fault as load_manifest does."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         found = content.get("version")
         if found != MANIFEST_VERSION:
             raise Fault(f"{path}: version {found}, this program reads {MANIFEST_VERSION}; {REMEDY}")
@@ -166,7 +185,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise Fault(f"{path}: not a manifest ({error!r}); {REMEDY}") from None
 
 
-def _strict(kind: type[_T], content: dict[str, Any], path: Path) -> _T:
+def _strict(kind: type[_T], content: dict[str, Any], path: Path | str) -> _T:
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     odd = sorted(names ^ set(content))
     if odd:

@@ -1,26 +1,30 @@
-"""Find the text: a corpus that ships, a file, a folder, a glob, or a list of those with commas.
+"""Find the text: by a corpus's name, on this disk, on a bucket, on the Hub, or on the web.
 
-    "shakespeare"   "books.jsonl.xz"   "corpus/"   "data/*.parquet"   "a.txt,b.txt"
+    "shakespeare"   "fineweb_edu_10bt"   "books.jsonl.xz"   "corpus/"   "data/*.parquet"
+    "s3://bucket/folder/"   "gs://bucket/*.jsonl.zst"   "hf://OWNER/NAME"   "https://host/a.parquet"
 
-Documents come lazily and in one order (as listed; folders and globs sorted), for the order is
-part of what a run trains on.
+or a list of those with commas. Files come in one order (as listed; of folders, globs and datasets
+sorted), for the order is part of what a run trains on.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterator
+import re
 from importlib.resources import files
 from pathlib import Path
 
 from tuppence.data import corpora
-from tuppence.data.formats import COMPRESSIONS, KINDS, InputFile, Meter, kind_of, read_texts
-from tuppence.data.pieces import Piece
+from tuppence.data.inputs import COMPRESSIONS, KINDS, SUFFIXES, InputFile, kind_of
 from tuppence.errors import UserError
+from tuppence.store import Away, Entry, Store, is_url
 
 CORPORA = {"shakespeare": "shakespeare.txt"}
 
+MAGIC = re.compile(r"[*?\[]")
+PLACES = ("s3", "gs", "hf", "https", "http", "file", "memory")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _KNOWN = ", ".join(f".{kind}" for kind in KINDS)
 _PACKED = ", ".join(f".{compression}" for compression in COMPRESSIONS)
 
@@ -37,7 +41,9 @@ def find_files(source: str) -> list[InputFile]:
     if "," in source and not _exists(source):
         return [file for part in source.split(",") for file in find_files(part.strip())]
     if source in CORPORA:
-        return [InputFile(asset(CORPORA[source]), source, "txt", "")]
+        return [_known_file(asset(CORPORA[source]), source)]
+    if is_url(source):
+        return _elsewhere(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path, source)
@@ -46,60 +52,35 @@ def find_files(source: str) -> list[InputFile]:
     if glob.has_magic(source):
         return _matching(path, source)
     if source in corpora.CORPORA:
-        raise UserError(
-            f"data.source={source}: this version plans with {source} by its name, and prepares "
-            f"from files; give its files, for example data.source='{source}/*.parquet'"
-        )
+        corpora.check_preparable(source)
+        return _elsewhere(corpora.CORPORA[source].source)
     raise UserError(_nothing_there(path, source))
 
 
 def source_bytes(found: list[InputFile]) -> int:
     """Bytes of the files as they lie on disk."""
-    return sum(file.path.stat().st_size for file in found)
-
-
-def read_pieces(
-    found: list[InputFile], *, text_field: str = "text", meter: Meter | None = None
-) -> Iterator[Piece]:
-    """All text of the files, documents numbered from 0; a large .txt comes in several pieces."""
-    meter = meter or Meter()
-    document = offset = 0
-    for file in found:
-        for text, last in read_texts(file, text_field=text_field, meter=meter):
-            yield Piece(text, document, offset, last)
-            document, offset = (document + 1, 0) if last else (document, offset + len(text))
-
-
-def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
-    """Every document of `source` as one string each."""
-    held: list[str] = []
-    for piece in read_pieces(find_files(source), text_field=text_field):
-        held.append(piece.text)
-        if piece.last:
-            yield "".join(held)
-            held = []
-
-
-def has_one_document(found: list[InputFile], *, text_field: str = "text") -> bool:
-    """Whether there is exactly one document; reads no further than the start of a second."""
-    texts = sum(file.kind == "txt" for file in found)
-    if texts > 1 or (texts == 1 and len(found) == 1):
-        return texts == 1
-    ends = (piece for piece in read_pieces(found, text_field=text_field) if piece.last)
-    return next(ends, None) is not None and next(ends, None) is None
+    return sum(file.bytes for file in found)
 
 
 def slug_of(source: str) -> str:
     """A short name for `source`, fit for a folder's."""
     first, *others = [part.strip() for part in source.split(",")]
-    name = Path(first).name or Path(first).resolve().name
+    name = _name_of_url(first) if is_url(first) else Path(first).name or Path(first).resolve().name
     while kind_of(name) and Path(name).suffix:
         name = Path(name).stem
-    for suffix in KINDS:
+    for suffix in SUFFIXES:
         name = name.removesuffix(f".{suffix}")
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name)
     name = name.strip("-.")[:40] or "corpus"
     return f"{name}-and-{len(others)}-more" if others else name
+
+
+def _name_of_url(url: str) -> str:
+    """The last part that says something; a dataset's name with what of it is meant."""
+    protocol, _, rest = url.partition("?")[0].partition("://")
+    plain = re.sub(r"@(refs/\w+/\w+|[^/]+)", "", rest.removeprefix("datasets/"))
+    parts = [part for part in plain.split("/") if part and not MAGIC.search(part)]
+    return "-".join(parts[1:]) if protocol == "hf" else "".join(parts[-1:])
 
 
 def _exists(path: str) -> bool:
@@ -116,15 +97,80 @@ def _known_file(path: Path, shown: str) -> InputFile:
             f"{shown}: unknown kind of file; text is read from {_KNOWN}, "
             f"plain or packed as {_PACKED}"
         )
-    return InputFile(path, shown, *kind)
+    return InputFile(str(path), shown, *kind, path.stat().st_size)
+
+
+def _elsewhere(url: str) -> list[InputFile]:
+    """The files at a URL."""
+    protocol, _, rest = url.partition("://")
+    if protocol not in PLACES:
+        raise UserError(f"{url}: text is read from {', '.join(f'{p}://' for p in PLACES[:4])}")
+    if protocol == "file":
+        return find_files(rest)
+    if protocol == "hf":
+        from tuppence.data.hub_files import hub_files
+
+        return hub_files(url)
+    if protocol in ("http", "https"):
+        from tuppence.data.remote import web_file
+
+        return [web_file(url)]
+    return _on_bucket(url.rstrip("/"))
+
+
+def _on_bucket(url: str) -> list[InputFile]:
+    """A file, the files below a folder, or those that match."""
+    folder, _, last = url.rpartition("/")
+    some = bool(MAGIC.search(url))
+    store = Store(MAGIC.split(url)[0].rpartition("/")[0] if some else url)
+    try:
+        one = None if some or not kind_of(last) else Store(folder).entry(last)
+        if one is not None:
+            return _entries({last: one}, folder)
+        entries = store.entries()
+    except Away as error:
+        raise UserError(f"{url}: {store.advice(error)}") from None
+    if some:
+        names = _matches(list(entries), url.removeprefix(f"{store.url}/"))
+    else:
+        names = _of_texts([name for name in entries if kind_of(name)])
+    found = _entries({name: entries[name] for name in sorted(names)}, store.url)
+    if not found:
+        store.reach()  # which may know a better reason
+        raise UserError(f"{url}: no files of a known kind there ({_KNOWN})")
+    return found
+
+
+def _entries(entries: dict[str, Entry], folder: str) -> list[InputFile]:
+    """Those objects that are of a known kind and have a content."""
+    return [
+        InputFile(url, url, *kind, entry.bytes, f"etag:{entry.tag}")
+        for name, entry in entries.items()
+        for url in [f"{folder}/{name}"]
+        if (kind := kind_of(name)) and entry.bytes
+    ]
+
+
+def _matches(names: list[str], pattern: str) -> list[str]:
+    from fsspec.utils import glob_translate
+
+    rule = re.compile(glob_translate(pattern))
+    return [name for name in names if rule.match(name)]
+
+
+def _of_texts(names: list[str]) -> list[str]:
+    """Beside files of other kinds, what is called .json tells about them."""
+    others = [name for name in names if not re.search(r"(?i)\.json(\.\w+)?$", name)]
+    return others or names
 
 
 def _in_folder(folder: Path, shown: str) -> list[InputFile]:
     paths = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
-    found = []
-    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):
-        name = f"{shown.rstrip('/')}/{path.relative_to(folder).as_posix()}"
-        found.append(_known_file(path, name))
+    within = _of_texts([path.relative_to(folder).as_posix() for path in paths])
+    found = [
+        _known_file(folder / name, f"{shown.rstrip('/')}/{name}")
+        for name in sorted(within, key=lambda name: name.split("/"))
+    ]
     if not found:
         raise UserError(f"{shown}: no files of a known kind below this folder ({_KNOWN})")
     return found
@@ -140,13 +186,15 @@ def _matching(pattern: Path, shown: str) -> list[InputFile]:
 
 def _nothing_there(path: Path, shown: str) -> str:
     near = difflib.get_close_matches(shown, [*CORPORA, *corpora.CORPORA], n=1)
-    if not near and path.parent.is_dir():
+    if _HUB_NAME.fullmatch(shown) and not kind_of(shown) and not path.parent.is_dir():
+        near = [f"hf://{shown}"]
+    elif not near and path.parent.is_dir():
         beside = [other.name for other in path.parent.iterdir()]
         names = difflib.get_close_matches(path.name, beside, n=1)
         near = [str(path.parent / name) for name in names]
     hint = f"did you mean {near[0]}? " if near else ""
     return (
-        f"data.source {shown!r}: no such file; {hint}Give a shipped corpus "
-        f"({', '.join(CORPORA)}), for a plan a known one ({', '.join(corpora.CORPORA)}), "
-        f"a file ({_KNOWN}), a folder, a glob, or a list with commas"
+        f"data.source {shown!r}: no such file; {hint}Give a corpus by its name "
+        f"({', '.join([*CORPORA, *corpora.CORPORA])}), a file ({_KNOWN}), a folder, a glob, a URL "
+        "(hf://OWNER/NAME, s3://..., https://...), or a list with commas"
     )

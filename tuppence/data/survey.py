@@ -1,24 +1,31 @@
 """A look at a corpus without preparing it: how much text there is and how many tokens it will make.
 
-At most about 8 MB of text is read; where that is not all of it, the rest is taken to be alike:
+At most about 8 MB of text is read, and nothing of a corpus that is known by its name. Where that
+is not all of it, the rest is taken to be alike:
 
     total = sampled * (bytes of the files) / (bytes of the files read for the sample)
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuppence.data.corpora import CORPORA, Corpus
+from tuppence.data.documents import Bad, Document, documents_of
 from tuppence.data.formats import Meter
+from tuppence.data.inputs import InputFile
 from tuppence.data.pieces import Piece, recut
-from tuppence.data.sources import find_files, read_pieces, source_bytes
+from tuppence.data.slices import slices_of
+from tuppence.data.sources import find_files, source_bytes
 from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec
+from tuppence.data.windows import WINDOW_BYTES, windows_of
+from tuppence.errors import UserError
 
-SAMPLE_CHARS = 8_000_000
+SAMPLE_CHARS = 8_000_000  # at least, of a larger corpus on this disk
 # Bytes per token grow with the logarithm of a learned vocabulary's size: 4.2 for GPT-2's.
 _BYTES_PER_TOKEN_PER_LOG = 0.39
 GPT2_VOCAB = 50257
@@ -26,13 +33,16 @@ GPT2_VOCAB = 50257
 
 @dataclass(frozen=True)
 class Survey:
-    """`exact` says whether all text was read; else all counts are estimates from a sample."""
+    """`exact` says whether all text was read; else all counts are estimates from a sample.
+    `source_bytes` is what the files have as they lie; `single` whether they are one document."""
 
     bytes: int
     documents: int
     tokens: int
     vocab_size: int
     exact: bool
+    source_bytes: int
+    single: bool
 
 
 def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
@@ -41,31 +51,32 @@ def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
         return _named(CORPORA[source], tokenizer)
     found = find_files(source)
     meter = Meter()
-    reading = read_pieces(found, text_field=text_field, meter=meter)
-    sample = list(_sampled(reading))
-    exact = next(reading, None) is None
+    sample, exact = _sample(found, text_field=text_field, meter=meter)
     total_bytes = source_bytes(found)
     scale = 1.0 if exact else max(1.0, total_bytes / max(1, meter.done_bytes))
     sample_bytes = sum(len(piece.text.encode("utf-8")) for piece in sample)
-    documents = max(1, sum(piece.last for piece in sample))
+    count = max(1, sum(document.last for document in sample))
+    single = (exact and count == 1) or [file.kind for file in found] == ["txt"]
     kind, argument = parse_spec(tokenizer)
     if kind == "bpe":
         vocab_size = int(argument)
-        tokens = sample_bytes / (_BYTES_PER_TOKEN_PER_LOG * math.log(vocab_size)) + documents
+        tokens = sample_bytes / (_BYTES_PER_TOKEN_PER_LOG * math.log(vocab_size)) + count
     else:
         made = build_tokenizer(
             tokenizer,
-            texts=lambda: (piece.text for piece in sample),
-            single_document=(exact and documents == 1) or [f.kind for f in found] == ["txt"],
+            texts=lambda: (document.text for document in sample),
+            single_document=single,
         )
         vocab_size = made.vocab_size
-        tokens = _count(made, sample, documents=documents)
+        tokens = _count(made, sample, documents=count)
     return Survey(
         bytes=round(sample_bytes * scale),
-        documents=round(documents * scale) if documents > 1 else documents,
+        documents=round(count * scale) if count > 1 else count,
         tokens=round(tokens * scale),
         vocab_size=vocab_size,
         exact=exact and kind != "bpe",
+        source_bytes=total_bytes,
+        single=single,
     )
 
 
@@ -81,7 +92,15 @@ def _named(corpus: Corpus, tokenizer: str) -> Survey:
         vocab_size = build_tokenizer(tokenizer, texts=lambda: iter(())).vocab_size
     text_bytes = corpus.tokens * _bytes_per_token(corpus.tokenizer, GPT2_VOCAB)
     tokens = int(text_bytes / _bytes_per_token(tokenizer, vocab_size))
-    return Survey(round(text_bytes), 1, tokens, vocab_size, exact=False)
+    return Survey(
+        bytes=round(corpus.text_bytes or text_bytes),
+        documents=corpus.documents or 1,
+        tokens=tokens,
+        vocab_size=vocab_size,
+        exact=False,
+        source_bytes=round(corpus.file_bytes or text_bytes),
+        single=False,
+    )
 
 
 def _bytes_per_token(tokenizer: str, vocab_size: int) -> float:
@@ -91,17 +110,41 @@ def _bytes_per_token(tokenizer: str, vocab_size: int) -> float:
     return _BYTES_PER_TOKEN_PER_LOG * math.log(vocab_size)
 
 
-def _sampled(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    read_chars = 0
-    for piece in pieces:
-        yield piece
-        read_chars += len(piece.text)
-        if read_chars >= SAMPLE_CHARS:
-            return
+def _sample(
+    found: list[InputFile], *, text_field: str, meter: Meter
+) -> tuple[list[Document], bool]:
+    """The first windows of what is read, and whether that is all there is: SAMPLE_CHARS of what is
+    here or small, and one window of what would have to be fetched. Raises UserError where every
+    document is broken."""
+    windows = (
+        window
+        for number, part in enumerate(slices_of(found))
+        for window in windows_of(
+            part, number, found, text_field=text_field, cut="anywhere", meter=meter
+        )
+    )
+    far = any(file.remote for file in found) and source_bytes(found) > WINDOW_BYTES
+    wanted = 1 if far else SAMPLE_CHARS
+    sample: list[Document] = []
+    bad: list[Bad] = []
+    with contextlib.closing(windows):
+        for window in windows:
+            for document in documents_of(window.items, found, text_field=text_field):
+                sample += [document] if isinstance(document, Document) else []
+                bad += [document] if isinstance(document, Bad) else []
+            if sum(len(document.text) for document in sample) >= wanted:
+                return sample, not far and next(windows, None) is None
+    if bad and not sample:
+        raise UserError(bad[0].message)
+    return sample, True
 
 
-def _count(tokenizer: Tokenizer, sample: list[Piece], *, documents: int) -> int:
+def _count(tokenizer: Tokenizer, sample: list[Document], *, documents: int) -> int:
     ends = documents if tokenizer.end_of_text is not None else 0
     return ends + sum(
-        len(tokenizer.encode(piece.text)) for piece in recut(sample, cut=tokenizer.cut)
+        len(tokenizer.encode(piece.text)) for piece in recut(_whole(sample), cut=tokenizer.cut)
     )
+
+
+def _whole(sample: list[Document]) -> Iterator[Piece]:
+    return (Piece(document.text, i, 0, True) for i, document in enumerate(sample))

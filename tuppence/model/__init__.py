@@ -22,13 +22,21 @@ Family = GPT2 | Depth | Looped
 FAMILIES: dict[str, type[Family]] = {"gpt2": GPT2, "depth": Depth, "looped": Looped}
 
 
-def build(plan: ModelPlan, *, attention: str = "sdpa", device: str = "cpu") -> Family:
+def build(
+    plan: ModelPlan,
+    *,
+    attention: str = "sdpa",
+    device: str = "cpu",
+    document_end: int | None = None,
+) -> Family:
     """The planned model on a device, weights allocated but not yet filled.
 
-    It is laid out on the meta device first: no parameter is ever filled twice.
+    With a `document_end`, attention stays within the documents that this id ends, but where there
+    is a cache: all that has been generated is one (documents.py). The model is laid out on the meta
+    device first: no parameter is ever filled twice.
     """
     with torch.device("meta"):
-        model: Family = FAMILIES[plan.family](plan, attention=attention)
+        model: Family = FAMILIES[plan.family](plan, attention=attention, document_end=document_end)
     _allocate(model, device)
     return model
 

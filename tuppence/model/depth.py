@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
 from tuppence.model.cache import Cache
+from tuppence.model.documents import Mask, documents
 from tuppence.model.layers import (
     attend,
     causal_mask,
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary_2TK: Tensor,
-        mask_TS: Tensor | None,
+        mask: Mask,
         value_BTE: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         q, k = qk[: self.n_head], qk[self.n_head :]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = attend(self.how, q, k, v, mask_TS)
+        y = attend(self.how, q, k, v, mask)
         y_BTD: Tensor = self.c_proj(y.permute(1, 2, 0, 3).reshape(B, T, D))
         return y_BTD
 
@@ -101,12 +102,12 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary_2TK: Tensor,
-        mask_TS: Tensor | None,
+        mask: Mask,
         value_BTE: Tensor | None,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), rotary_2TK, mask_TS, value_BTE, cache, layer)
+        x_BTD = x_BTD + self.attn(norm(x_BTD), rotary_2TK, mask, value_BTE, cache, layer)
         y_BTD: Tensor = x_BTD + self.mlp(norm(x_BTD))
         return y_BTD
 
@@ -116,15 +117,19 @@ class Depth(nn.Module):
 
     rotary: Tensor
 
-    def __init__(self, plan: ModelPlan, *, attention: str = "sdpa") -> None:
+    def __init__(
+        self, plan: ModelPlan, *, attention: str = "sdpa", document_end: int | None = None
+    ) -> None:
         super().__init__()
         self.plan, self.how = plan, attention
+        head_dim = plan.n_embd // plan.n_head
+        self.documents = documents(document_end, head_dim=head_dim, heads=0, how=attention)
         self.wte = embedding(plan.vocab_size, plan.n_embd)
         with_value = [i for i in range(plan.n_layer) if self._has_value(i)]
         self.h = nn.ModuleList(
             Block(plan, attention, value_embedding=i in with_value) for i in range(plan.n_layer)
         )
-        wide = plan.n_kv_head * plan.n_embd // plan.n_head
+        wide = plan.n_kv_head * head_dim
         self.value_embeddings = nn.ModuleDict(
             {str(i): embedding(plan.vocab_size, wide) for i in with_value}
         )
@@ -132,7 +137,7 @@ class Depth(nn.Module):
         if plan.residual_scalars:
             self.stream_scale = nn.Parameter(torch.empty(plan.n_layer))
             self.embedding_scale = nn.Parameter(torch.empty(plan.n_layer))
-        table = rotary_table(plan.sequence_len, plan.n_embd // plan.n_head)
+        table = rotary_table(plan.sequence_len, head_dim)
         self.register_buffer("rotary", table, persistent=False)
         for window in set(plan.windows):
             mask = causal_mask(plan.sequence_len, window)
@@ -212,7 +217,12 @@ class Depth(nn.Module):
         x_BTD = norm(self.wte(idx_BT))
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
         rotary_2TK = self.rotary[:, start:stop].to(x_BTD.dtype)
-        masks = {w: self._mask(w, start, stop) for w in set(self.plan.windows)}
+        masks: dict[int, Mask] = {w: self._mask(w, start, stop) for w in set(self.plan.windows)}
+        if self.documents is not None and cache is None:
+            docs_BT, kind = self.documents.of(idx_BT), x_BTD.dtype
+            for w in masks:
+                causal_TT = getattr(self, f"mask_{w}")
+                masks[w] = self.documents.mask(docs_BT, causal_TT, kind, window=w)
         first_BTD = x_BTD
         for i, (block, window) in enumerate(zip(self.h, self.plan.windows, strict=True)):
             if self.plan.residual_scalars:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
 from tuppence.model.cache import Cache
-from tuppence.model.layers import attend, causal_mask, cross_entropy, embedding, matmul_attention
+from tuppence.model.documents import Mask, documents
+from tuppence.model.layers import (
+    attend,
+    causal_mask,
+    compute_dtype,
+    cross_entropy,
+    embedding,
+    matmul_attention,
+)
 from tuppence.model.replay import Draws, Dropout
 
 BLOCK_SITES = 3  # of dropout: attention weights, its output, the MLP's
@@ -37,7 +45,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_TS: Tensor | None,
+        mask: Mask,
         dropout: Dropout,
         cache: Cache | None,
         layer: int,
@@ -48,10 +56,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if dropout.rate > 0:
-            assert mask_TS is not None
-            y_BHTK = matmul_attention(q, k, v, mask_TS, dropout)
+            assert isinstance(mask, Tensor)
+            y_BHTK = matmul_attention(q, k, v, mask, dropout)
         else:
-            y_BHTK = attend(self.how, q, k, v, mask_TS)
+            y_BHTK = attend(self.how, q, k, v, mask)
         y_BTD: Tensor = self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return dropout(y_BTD)
 
@@ -81,13 +89,13 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_TS: Tensor | None,
+        mask: Mask,
         dropout: Dropout,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
         dropout = dropout.at(1 + BLOCK_SITES * layer)
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask_TS, dropout, cache, layer)
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), mask, dropout, cache, layer)
         x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), dropout)
         return x_BTD
 
@@ -97,9 +105,13 @@ class GPT2(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, plan: ModelPlan, *, attention: str = "sdpa") -> None:
+    def __init__(
+        self, plan: ModelPlan, *, attention: str = "sdpa", document_end: int | None = None
+    ) -> None:
         super().__init__()
         self.plan, self.how = plan, attention
+        head_dim = plan.n_embd // plan.n_head
+        self.documents = documents(document_end, head_dim=head_dim, heads=1, how=attention)
         self.wte = embedding(plan.vocab_size, plan.n_embd)
         self.wpe = embedding(plan.sequence_len, plan.n_embd)
         self.h = nn.ModuleList(Block(plan, attention) for _ in range(plan.n_layer))
@@ -157,13 +169,20 @@ class GPT2(nn.Module):
         key_B = draws.key_B if draws else None
         dropout = Dropout(self.plan.dropout if key_B is not None else 0.0, key_B)
         x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[start:stop])
-        fused = stop - start == 1 or (self.how == "sdpa" and start == 0)
-        mask_TS = None if fused and dropout.rate == 0 else self.mask[start:stop, :stop]
+        mask: Mask = self._mask(start, stop, dropping=dropout.rate > 0)
+        if self.documents is not None and cache is None:
+            docs_BT, kind = self.documents.of(idx_BT), compute_dtype(x_BTD)
+            mask = self.documents.mask(docs_BT, self.mask, kind, dense=dropout.rate > 0)
         for i, block in enumerate(self.h):
-            x_BTD = block(x_BTD, mask_TS, dropout, cache, i)
+            x_BTD = block(x_BTD, mask, dropout, cache, i)
         if cache:
             cache.length = stop
         logits_BTV: Tensor = self.lm_head(self.ln_f(x_BTD)).float()
         if targets_BT is None:
             return logits_BTV
         return cross_entropy(logits_BTV, targets_BT, reduction)
+
+    def _mask(self, start: int, stop: int, *, dropping: bool) -> Tensor | None:
+        """Rows of the new positions; None where the fused kernel needs none."""
+        fused = stop - start == 1 or (self.how == "sdpa" and start == 0)
+        return None if fused and not dropping else self.mask[start:stop, :stop]

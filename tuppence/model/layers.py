@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tuppence.model.documents import Blocks, Mask, Spans
 from tuppence.model.replay import Dropout
 
 NORM_EPS = 1e-6
@@ -180,28 +181,31 @@ def causal_mask(sequence_len: int, window: int | None = None) -> Tensor:
     return allowed.masked_fill(hidden, float("-inf"))
 
 
-def attend(how: str, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor | None) -> Tensor:
+def attend(how: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Causal attention of the last T of S positions: q [H, B, T, K], k and v [G, B, S, K].
 
     `how` is "sdpa", torch's fused kernels without a T x S matrix in memory, or "matmul", two
     batched products and a softmax: on a CPU with bf16 units it beats the fused kernel, whose
     backward pass does not use them (docs/LOG.md). A single query is always "sdpa": products would
-    be prepared anew for every S. `mask_TS` None means plain causal.
+    be prepared anew for every S. `mask` is [T, S] or has the dimensions of the scores; None means
+    plain causal, and what is no tensor attends in a way of its own (model/documents.py).
     """
     if q.shape[0] != k.shape[0]:
         k, v = (t.repeat_interleave(q.shape[0] // t.shape[0], 0) for t in (k, v))
+    if isinstance(mask, Blocks | Spans):
+        return mask.attend(q, k, v)
     T, S = q.shape[2], k.shape[2]
     if how == "sdpa" or T == 1:
-        if mask_TS is None and T == S:
+        if mask is None and T == S:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        mask = None if mask_TS is None else mask_TS.to(q.dtype)
+        mask = None if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert mask_TS is not None
-    return matmul_attention(q, k, v, mask_TS, Dropout(0.0, None))
+    assert mask is not None
+    return matmul_attention(q, k, v, mask, Dropout(0.0, None))
 
 
 def matmul_attention(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_TS: Tensor, dropout: Dropout
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor, dropout: Dropout
 ) -> Tensor:
     """Causal attention by two batched products and a softmax.
 
@@ -210,6 +214,9 @@ def matmul_attention(
     B, H, T, K = q_BHTK.shape
     S = k_BHSK.shape[2]
     q, k, v = (t.reshape(B * H, -1, K) for t in (q_BHTK, k_BHSK, v_BHSK))
-    scores = torch.baddbmm(mask_TS.to(q.dtype), q, k.transpose(1, 2), alpha=1 / math.sqrt(K))
+    first = mask.to(q.dtype)
+    if mask.dim() == 4:  # of each sequence its own
+        first = first.expand(B, H, T, S).reshape(B * H, T, S)
+    scores = torch.baddbmm(first, q, k.transpose(1, 2), alpha=1 / math.sqrt(K))
     weights = dropout(scores.softmax(-1).view(B, H, T, S)).view(B * H, T, S)
     return torch.bmm(weights, v).view(B, H, T, K)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tuppence.config import LoopPlan, ModelPlan
 from tuppence.model.cache import Cache
 from tuppence.model.depth import MLP, Attention
+from tuppence.model.documents import Mask, documents
 from tuppence.model.layers import (
     causal_mask,
     compute_dtype,
@@ -57,11 +58,11 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary_2TK: Tensor,
-        mask_TS: Tensor | None,
+        mask: Mask,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
-        x_BTD = x_BTD + norm(self.attn(norm(x_BTD), rotary_2TK, mask_TS, None, cache, layer))
+        x_BTD = x_BTD + norm(self.attn(norm(x_BTD), rotary_2TK, mask, None, cache, layer))
         return x_BTD + norm(self.mlp(norm(x_BTD)))
 
 
@@ -69,7 +70,8 @@ class _Place(NamedTuple):
     """Where the tokens of a pass stand, and whether it is for training."""
 
     rotary_2TK: Tensor
-    mask_TS: Tensor | None
+    docs_BT: Tensor | None
+    mask: Mask
     cache: Cache | None
     training: bool
 
@@ -86,13 +88,17 @@ class Looped(nn.Module):
     rotary: Tensor
     mask: Tensor
 
-    def __init__(self, plan: ModelPlan, *, attention: str = "sdpa") -> None:
+    def __init__(
+        self, plan: ModelPlan, *, attention: str = "sdpa", document_end: int | None = None
+    ) -> None:
         super().__init__()
         assert plan.loop is not None
         self.plan, self.loop, self.how = plan, plan.loop, attention
         self.recurrence = max(1, round(plan.loop.mean_recurrence))
         self.exit_kl: float | None = None
         self.exit_whole = False
+        head_dim = plan.n_embd // plan.n_head
+        self.documents = documents(document_end, head_dim=head_dim, heads=0, how=attention)
         D, R, rank = plan.n_embd, plan.loop.max_recurrence, plan.loop.lora_rank
 
         def blocks(number: int) -> nn.ModuleList:
@@ -111,7 +117,7 @@ class Looped(nn.Module):
             self.router_bias = nn.Parameter(torch.empty(R))
         self.coda = blocks(plan.loop.n_coda)
         self.lm_head = nn.Linear(D, plan.vocab_size, bias=False)
-        rotary = rotary_table(plan.sequence_len, D // plan.n_head)
+        rotary = rotary_table(plan.sequence_len, head_dim)
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_buffer("mask", causal_mask(plan.sequence_len), persistent=False)
 
@@ -180,9 +186,11 @@ class Looped(nn.Module):
         x_BTD = norm(self.wte(idx_BT))
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
         rotary_2TK = self.rotary[:, start:stop].to(x_BTD.dtype)
-        place = _Place(rotary_2TK, self._mask(stop - start, stop), cache, draws is not None)
+        docs_BT = self.documents.of(idx_BT) if self.documents and cache is None else None
+        mask = self._mask(stop - start, stop, docs_BT, x_BTD.dtype)
+        place = _Place(rotary_2TK, docs_BT, mask, cache, draws is not None)
         for i, block in enumerate(self.prelude):
-            x_BTD = block(x_BTD, place.rotary_2TK, place.mask_TS, cache, i)
+            x_BTD = block(x_BTD, place.rotary_2TK, place.mask, cache, i)
         key_B = torch.zeros_like(idx_BT[:, 0]) if draws is None else draws.key_B
         assert key_B is not None
         noise = keyed_normal(key_B, start, stop - start, self.plan.n_embd)
@@ -281,7 +289,7 @@ class Looped(nn.Module):
         x_BPD = self.inject(torch.cat([state_BPD, given_BPD], -1))
         for j, block in enumerate(self.core):
             layer = self._layer(i, j)
-            x_BPD = block(x_BPD, place.rotary_2TK, place.mask_TS, place.cache, layer)
+            x_BPD = block(x_BPD, place.rotary_2TK, place.mask, place.cache, layer)
         if self.loop.lora_rank:
             own = min(i, self.loop.max_recurrence - 1)
             adapted = x_BPD @ self.adapter_down[own] @ self.adapter_up[own]
@@ -292,7 +300,7 @@ class Looped(nn.Module):
         """Coda and last norm: what the head reads."""
         for i, block in enumerate(self.coda):
             layer = self.loop.n_prelude + i
-            state_BTD = block(state_BTD, place.rotary_2TK, place.mask_TS, place.cache, layer)
+            state_BTD = block(state_BTD, place.rotary_2TK, place.mask, place.cache, layer)
         return norm(state_BTD)
 
     # ------------------------------------------------------------ places and layers
@@ -313,10 +321,14 @@ class Looped(nn.Module):
         assert cache is None or len(index_BP) == 1, "one sequence a cache with mixture of depths"
         seen = cache.seen(self._layer(i, 0)) if cache else 0
         rotary = place.rotary_2TK[:, index_BP]
-        return _Place(rotary, self._mask(P, seen + P), cache, place.training)
+        docs_BP = None if place.docs_BT is None else place.docs_BT.gather(1, index_BP)
+        mask = self._mask(P, seen + P, docs_BP, rotary.dtype)
+        return _Place(rotary, docs_BP, mask, cache, place.training)
 
-    def _mask(self, T: int, S: int) -> Tensor | None:
+    def _mask(self, T: int, S: int, docs_BT: Tensor | None, kind: torch.dtype) -> Mask:
         """Rows of the last T of S positions; None where the fused kernel needs none."""
+        if self.documents is not None and docs_BT is not None:
+            return self.documents.mask(docs_BT, self.mask, kind)
         if T == 1 or (self.how == "sdpa" and T == S):
             return None
         return self.mask[S - T : S, :S]

@@ -23,7 +23,6 @@ import torch
 from tuppence import checkpoint, config, host
 from tuppence.checkpoint import Fence
 from tuppence.config import Plan
-from tuppence.data.loader import rolling_sha
 from tuppence.errors import DoesNotFit, Fault
 from tuppence.files import file_sha256
 from tuppence.folder import RunFolder
@@ -32,6 +31,7 @@ from tuppence.live import Live, duration
 from tuppence.plan.shapes import expected_flops
 from tuppence.ranks import ALONE, Ranks, is_cut_off
 from tuppence.train.draws import keys_of, recurrence_of
+from tuppence.train.feed import Batch
 from tuppence.train.guard import BAD_STEPS, Window
 from tuppence.train.interrupt import Interrupt
 from tuppence.train.judging import evaluate
@@ -45,6 +45,7 @@ from tuppence.train.step import MicroBatch, StepResult, micro_batches, train_ste
 from tuppence.train.watchdog import Watchdog
 
 TELLING_PROGRESS = 0.05  # before it the plan knows better than the run how long it takes
+PATIENCE_SECONDS = 1.0  # a batch may take before the wait for it is charged as one
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def train(
             meter.switch("train")
             gc.collect()
             gc.freeze()  # nothing that is alive now is garbage before the end
-            _run(trainer)
+            try:
+                _run(trainer)
+            finally:
+                trainer.feed.close()
         except RuntimeError as error:
             if isinstance(error, Fault) or ranks.world == 1 or not is_cut_off(error):
                 raise
@@ -163,6 +167,7 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     window, rewinds = Window(state.losses, state.norms), rewinds_of(state)
     trainer.at("data")
     tokens_sha, batch = _batch(trainer, rewinds.batch(state.step))
+    waited = trainer.feed.waited
     rate_factor = factor(turn.progress, plan.schedule)
     result = train_step(
         trainer.workers,
@@ -191,20 +196,15 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     )
     due = _due_evaluation(trainer, state.progress)
     trainer.state = replace(trainer.state, evaluation_due=due)
-    _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds)
+    _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds, waited)
 
 
 def _batch(trainer: Trainer, number: int) -> tuple[str, list[MicroBatch]]:
     """The stream's hash after batch `number`, of which only the lead knows, and this rank's
     micro-batches of it."""
-    plan, ranks, tokens_sha = trainer.plan, trainer.ranks, trainer.state.tokens_sha
-    rows = plan.step.batch_sequences // ranks.world
-    first = ranks.rank * rows
-    if ranks.lead:
-        whole = trainer.loader.batch(number)
-        tokens_sha, batch = rolling_sha(tokens_sha, whole), whole[:rows]
-    else:
-        batch = trainer.loader.batch(number, rank=ranks.rank, world_size=ranks.world)
+    plan, ranks = trainer.plan, trainer.ranks
+    tokens_sha, batch = _taken(trainer, number)
+    first, rows = ranks.rank * len(batch), len(batch)
     keys = keys_of(plan, number)
     return tokens_sha, micro_batches(
         batch,
@@ -213,6 +213,19 @@ def _batch(trainer: Trainer, number: int) -> tuple[str, list[MicroBatch]]:
         keys=None if keys is None else keys[first : first + rows],
         recurrence=recurrence_of(plan, number),
     )
+
+
+def _taken(trainer: Trainer, number: int) -> Batch:
+    """The batch, which was made meanwhile; a wait that is more than a hiccup is charged as such."""
+    feed, meter = trainer.feed, trainer.meter
+    feed.ask(number, trainer.state.tokens_sha)
+    if not feed.there(within=PATIENCE_SECONDS):
+        if feed.loader.remote and trainer.ranks.world == 1:  # others would call this rank hung
+            trainer.at("data", long=True)
+        with meter.phase("data_wait"):
+            while not feed.there(within=PATIENCE_SECONDS):
+                meter.beat()
+    return feed.take()
 
 
 def _due_evaluation(trainer: Trainer, previous: float) -> bool:
@@ -227,7 +240,9 @@ def _due_evaluation(trainer: Trainer, previous: float) -> bool:
     return marks_now > math.floor(previous / cadence.eval_every_progress + 1e-9)
 
 
-def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: float) -> None:
+def _log(
+    trainer: Trainer, result: StepResult, learning_rate: float, seconds: float, waited: float
+) -> None:
     plan, state, meter = trainer.plan, trainer.state, trainer.meter
     rate = plan.step.batch_tokens / seconds
     flops = expected_flops(plan.model) * trainer.pace.work(state.step - 1)
@@ -243,6 +258,7 @@ def _log(trainer: Trainer, result: StepResult, learning_rate: float, seconds: fl
             "lr": learning_rate,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "step_seconds": seconds,
+            "data_wait": waited,
             "tokens_per_second": rate,
             "mfu": mfu,
             "usd": usd,

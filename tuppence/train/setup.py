@@ -19,8 +19,10 @@ from tuppence.hub.load import load_into
 from tuppence.ledger import Meter
 from tuppence.live import Live
 from tuppence.model import Family, build
+from tuppence.model.documents import document_end
 from tuppence.ranks import Ranks
 from tuppence.train.draws import work_of
+from tuppence.train.feed import Feed
 from tuppence.train.interrupt import Interrupt
 from tuppence.train.lead import Lead
 from tuppence.train.optim import optimizers_of
@@ -80,7 +82,7 @@ class Trainer:
     lead: Lead
     live: Live
     watchdog: Watchdog
-    loader: Loader
+    feed: Feed
     tokenizer: Tokenizer
     workers: Workers
     parallel: Parallel
@@ -122,13 +124,16 @@ def set_up(
     torch.set_num_threads(plan.machine.threads if plan.step.workers == 1 else 1)
     tokenizer = load_tokenizer(place.data / "tokenizer")
     prompt = prompt_ids(plan, tokenizer, place.data)
+    end = document_end(plan.data, tokenizer.end_of_text)
     fence, found = _found(place)
-    built = _built(plan, ranks, fresh=found is None)
+    built = _built(plan, ranks, fresh=found is None, end=end)
     state = FIRST_STATE if found is None else checkpoint.state_of(found)
     wanted = state.micro_batch or plan.step.micro_batch
     micro = _micro_batch(plan, place, built, wanted)
     if micro < wanted and built.parallel.how == "fsdp":
-        built = _built(plan, ranks, fresh=found is None)  # a pass that broke off leaves FSDP2 wrong
+        # a pass that broke off leaves FSDP2 wrong
+        built = _built(plan, ranks, fresh=found is None, end=end)
+    _say_packing(place, built, plan.machine.device)
     if found is None:
         state = replace(state, began_seconds=meter.seconds())
         _say_start(plan, place)
@@ -149,12 +154,7 @@ def set_up(
         lead=Lead(ranks, pace, interrupt),
         live=live,
         watchdog=watchdog,
-        loader=Loader(
-            place.data,
-            sequence_len=plan.model.sequence_len,
-            batch_size=plan.step.batch_sequences,
-            seed=plan.step.seed,
-        ),
+        feed=_feed(plan, place, live),
         tokenizer=tokenizer,
         workers=built.workers,
         parallel=built.parallel,
@@ -172,6 +172,23 @@ def set_up(
         state=replace(state, attempt=place.attempt, micro_batch=micro),
         saved_step=state.step if state.step else -1,
     )
+
+
+def _feed(plan: Plan, place: Place, live: Live) -> Feed:
+    """This rank's batches. What a bucket has to say is an event of the run as well."""
+
+    def say(message: str) -> None:
+        place.folder.event("data", message)
+        live.say(message)
+
+    loader = Loader(
+        place.data,
+        sequence_len=plan.model.sequence_len,
+        batch_size=plan.step.batch_sequences,
+        seed=plan.step.seed,
+        say=say,
+    )
+    return Feed(loader, ranks=place.ranks, device=plan.machine.device)
 
 
 def _found(place: Place) -> tuple[Fence, Path | None]:
@@ -200,12 +217,13 @@ class _Built:
     optimizers: list[torch.optim.Optimizer]
 
 
-def _built(plan: Plan, ranks: Ranks, *, fresh: bool) -> _Built:
+def _built(plan: Plan, ranks: Ranks, *, fresh: bool, end: int | None) -> _Built:
     """The model as planned, a fresh one with its first weights. What is spread by rows is filled in
     the machine's memory and then cut, so that no GPU ever holds it whole."""
     how = _how(plan, ranks)
     device = "cpu" if how == "fsdp" else plan.machine.device
-    model = build(plan.model, attention=plan.machine.attention, device=device)
+    attention = plan.machine.attention
+    model = build(plan.model, attention=attention, device=device, document_end=end)
     if fresh:
         first_weights(model, plan)
     if plan.machine.activation_checkpointing:
@@ -288,6 +306,13 @@ def _say_start(plan: Plan, place: Place) -> None:
     if plan.init is not None:
         message = f"from the weights in {plan.init.path}"
     place.folder.event("start", message, attempt=place.attempt, step=0, **details)
+
+
+def _say_packing(place: Place, built: _Built, device: str) -> None:
+    documents = built.parallel.model.documents
+    note = None if documents is None else documents.note(device)
+    if note is not None:
+        place.folder.event("packing", note)
 
 
 def _say_resume(place: Place, state: State) -> str:

@@ -96,7 +96,7 @@ def backward(workers: Workers, model: nn.Module, micro: MicroBatch, *, of: int) 
 
 
 def micro_batches(
-    batch: np.ndarray,
+    batch: np.ndarray | Tensor,
     *,
     micro_batch: int,
     device: str,
@@ -104,7 +104,7 @@ def micro_batches(
     recurrence: int | None,
 ) -> list[MicroBatch]:
     """Cut a batch [B, T+1], with a key for each row, into micro-batches on the device."""
-    rows = torch.from_numpy(batch).to(device, non_blocking=True)
+    rows = torch.as_tensor(batch).to(device)
     key_B = None if keys is None else torch.from_numpy(keys).to(device)
     return [
         MicroBatch(

@@ -1,0 +1,318 @@
+"""Text from elsewhere: exact whatever the network does, or one line that says why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tuppence import store
+from tuppence.data import remote
+from tuppence.data.formats import Meter
+from tuppence.data.inputs import InputFile
+from tuppence.data.reading import documents
+from tuppence.data.sources import find_files
+from tuppence.data.survey import survey
+from tuppence.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from hub_server import Hub
+
+pytest_plugins = ["bucket_places", "hub_server"]
+FAULTS = ["drop", "short", "cut", "503", "429", "500"]
+
+
+def texts_of(count: int) -> list[str]:
+    """Documents that do not compress to nothing."""
+    rng = random.Random(count)
+    words = [f"{rng.randrange(10**6):x}" for _ in range(5000)]
+    return [" ".join(rng.choices(words, k=rng.randrange(20, 900))) for _ in range(count)]
+
+
+TEXTS = texts_of(2000)
+
+
+def parquet(texts: list[str], rows: int = 100) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    urls = [text[:100] for text in texts]
+    table = pyarrow.table({"id": range(len(texts)), "text": texts, "url": urls})
+    pyarrow.parquet.write_table(table, sink, row_group_size=rows)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+PARQUET = parquet(TEXTS)
+
+
+def read(source: str) -> list[str]:
+    return [document.text for document in documents(find_files(source))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """No thread of a read outlives it."""
+    yield
+    assert [t.name for t in threading.enumerate() if "read-ahead" in t.name] == []
+
+
+# ---------------------------------------------------------------- a dataset of the Hub
+
+
+def test_a_parquet_streams(hub: Hub) -> None:
+    hub.add("owner/name", {"data/train-0.parquet": PARQUET})
+    assert len(PARQUET) > 4 << 20  # several blocks
+    assert read("hf://owner/name") == TEXTS
+    ranges = [each.range for each in hub.ranged() if each.path.startswith("/cdn")]
+    assert len(ranges) == len(set(ranges))
+    assert len(ranges) < 16
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_network_costs_a_try(hub: Hub, fault: str) -> None:
+    hub.add("owner/name", {"train.parquet": PARQUET})
+    hub.faults.extend([fault, fault, "", fault, fault, fault])
+    assert read("hf://owner/name") == TEXTS
+    assert not hub.faults
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_never_mends_is_one_line(hub: Hub, fault: str) -> None:
+    hub.add("owner/name", {"train.parquet": PARQUET})
+    found = find_files("hf://owner/name")
+    hub.always = fault
+    with pytest.raises(Fault, match=r"the same command goes on from where it stopped") as caught:
+        list(documents(found))
+    assert "\n" not in str(caught.value)
+    assert found[0].shown in str(caught.value)
+    assert "tried 6 times" in str(caught.value)
+    assert len([each for each in hub.ranged() if each.path.startswith("/cdn")]) == 6
+
+
+def test_what_cannot_mend_is_not_tried_again(hub: Hub) -> None:
+    hub.add("owner/name", {"train.parquet": PARQUET})
+    found = find_files("hf://owner/name")
+    hub.always = "403"
+    with pytest.raises(Fault, match=r"train\.parquet cannot be read: HTTP 403"):
+        list(documents(found))
+    assert len(hub.ranged()) == 2  # the Hub, and where it sends
+
+
+def test_the_token_is_for_the_hub_alone(hub: Hub) -> None:
+    hub.add("owner/name", {"train.parquet": PARQUET})
+    read("hf://owner/name")
+    for each in hub.asked:
+        assert each.authorization == (None if each.path.startswith("/cdn") else "Bearer hf_nobody")
+
+
+# ---------------------------------------------------------------- seeking, blocks
+
+
+def opened(hub: Hub, content: bytes) -> tuple[InputFile, io.BufferedReader]:
+    hub.web["some.txt"] = content
+    (file,) = find_files(f"{hub.url}/some.txt")
+    return file, remote.opened(file)
+
+
+def test_reads_anywhere(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 100)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 800)
+    content = random.Random(1).randbytes(20_000)
+    _, reader = opened(hub, content)
+    rng = random.Random(2)
+    with reader:
+        for _ in range(100):
+            at = rng.randrange(21_000)
+            count = rng.choice((1, 50, 99, 900, 5000))
+            assert reader.seek(at) == at
+            assert reader.read(count) == content[at : at + count]
+        reader.seek(-10, io.SEEK_END)
+        assert reader.read() == content[-10:]
+        assert reader.read(1) == b""
+        reader.seek(0)
+        assert reader.read() == content
+
+
+def test_holds_two_blocks_and_one_more_under_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 1 << 10)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 1 << 13)
+    _, reader = opened(hub, bytes(200_000))
+    with reader:
+        while reader.read(1000):
+            raw = reader.raw
+            assert isinstance(raw, remote._Remote)
+            assert len(raw._content) <= 1 << 13
+    lengths = []
+    for each in hub.ranged()[1:]:
+        first, last = (int(n) for n in (each.range or "").removeprefix("bytes=").split("-"))
+        lengths.append(last + 1 - first)
+    assert sum(lengths) == 200_000  # nothing twice
+    assert max(lengths) == 1 << 13
+    assert sorted(lengths[:5]) == lengths[:5]
+
+
+def test_closing_ends_a_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 1 << 10)
+    monkeypatch.setattr(remote, "PAUSES", (10_000.0,))
+    _, reader = opened(hub, bytes(50_000))
+    hub.faults.extend(["", "", "503"])  # the third block is the one that is read ahead
+    with reader:
+        assert reader.raw.read(1024) == bytes(1024)
+        assert reader.raw.read(2048) == bytes(2048)
+        while len(hub.ranged()) < 4:
+            threading.Event().wait(0.001)
+    assert len(hub.ranged()) == 4
+
+
+# ---------------------------------------------------------------- the web, compressed
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.jsonl.xz", "a.jsonl.zst"]
+)
+def test_what_is_compressed_streams(hub: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 1 << 12)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 1 << 15)
+    packing = {
+        "gz": gzip.compress,
+        "xz": lzma.compress,
+        "zst": lambda raw: bytes(pyarrow.compress(raw, codec="zstd", asbytes=True)),
+    }
+    pack = packing.get(name.rpartition(".")[2], bytes)
+    hub.web[name] = pack(jsonl(TEXTS[:200]))
+    hub.faults.extend(["", "drop", "short", "", "cut", "503", "429"])
+    assert read(f"{hub.url}/{name}?key=secret") == TEXTS[:200]
+    assert find_files(f"{hub.url}/{name}?key=secret")[0].shown == f"{hub.url}/{name}"
+
+
+def test_a_server_without_ranges(hub: Hub) -> None:
+    hub.ranges = False
+    hub.web |= {"small.jsonl": jsonl(TEXTS[:20]), "large.parquet": PARQUET}
+    assert read(f"{hub.url}/small.jsonl") == TEXTS[:20]
+    with pytest.raises(UserError, match=r"large\.parquet cannot be read: .* gives no parts"):
+        find_files(f"{hub.url}/large.parquet")
+
+
+def test_a_file_of_the_web_that_changes(hub: Hub) -> None:
+    hub.web["a.jsonl"] = jsonl(TEXTS[:20])
+    (file,) = find_files(f"{hub.url}/a.jsonl")
+    hub.web["a.jsonl"] = jsonl(TEXTS[:20]).replace(b"a", b"b")
+    with pytest.raises(Fault, match=r"a\.jsonl is not what it was when it was listed: .*etag"):
+        list(documents([file]))
+    hub.web["a.jsonl"] += b"\n"
+    with pytest.raises(Fault, match="bytes, and had"):
+        list(documents([file]))
+
+
+def test_what_the_web_does_not_have(hub: Hub) -> None:
+    with pytest.raises(UserError, match=r"/none\.jsonl cannot be read: HTTP 404"):
+        find_files(f"{hub.url}/none.jsonl")
+    with pytest.raises(UserError, match="its name does not tell"):
+        find_files(f"{hub.url}/none")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/a\.jsonl cannot be read .*tried 3 times"):
+        find_files("http://127.0.0.1:9/a.jsonl")
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def put(url: str, files: dict[str, bytes]) -> store.Store:
+    place = store.Store(url)
+    for name, content in files.items():
+        place.write(name, content)
+    return place
+
+
+def test_a_bucket(url: str) -> None:
+    files = {
+        "c/b.jsonl": jsonl(TEXTS[:3]),
+        "c/a/x.parquet": parquet(TEXTS[3:6]),
+        "c/about.json": b"{}",
+        "c/notes.md": b"no text",
+        "other.jsonl.zst": b"no",
+    }
+    put(url, files)
+    assert read(f"{url}/c/") == TEXTS[3:6] + TEXTS[:3]
+    assert read(f"{url}/c/*.jsonl") == TEXTS[:3]
+    assert read(f"{url}/**/*.parquet, {url}/c/b.jsonl") == TEXTS[3:6] + TEXTS[:3]
+    (one,) = find_files(f"{url}/c/a/x.parquet")
+    assert one.bytes == len(files["c/a/x.parquet"])
+    for missing in ("d/", "c/*.txt", "c/none.jsonl"):
+        with pytest.raises(UserError, match=r"no (such )?file"):
+            find_files(f"{url}/{missing}")
+
+
+def test_a_parquet_streams_from_s3(s3: str) -> None:
+    put(s3, {"train.parquet": PARQUET})
+    assert read(f"{s3}/train.parquet") == TEXTS
+
+
+def test_s3_is_read_again_where_it_failed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.0,) * 5)
+    place = put(s3, {"train.parquet": PARQUET})
+    calls, right = [], store.Store.read_range
+
+    def bad(self: store.Store, name: str, start: int, stop: int, tag: str) -> bytes:
+        calls.append(start)
+        content = right(self, name, start, stop, tag)
+        if len(calls) % 3 == 1:
+            raise store.Away("the connection was reset")
+        return content[:-1] if len(calls) % 3 == 2 else content
+
+    found = find_files(f"{s3}/train.parquet")
+    monkeypatch.setattr(store.Store, "read_range", bad)
+    assert [document.text for document in documents(found)] == TEXTS
+    monkeypatch.setattr(store.Store, "read_range", right)
+    place.write("train.parquet", PARQUET[:-1] + b"2")
+    with pytest.raises(Fault, match=r"train\.parquet is not what it was .* has changed"):
+        list(documents(found))
+    place.delete("train.parquet")
+    with pytest.raises(Fault, match=r"cannot be read: .*not found"):
+        list(documents(found))
+
+
+def test_a_bucket_that_is_not_there(s3: str) -> None:
+    bucket = s3.split("/")[2]
+    with pytest.raises(UserError, match=f"there is no bucket {bucket}0"):
+        find_files(f"s3://{bucket}0/x/")
+    with pytest.raises(UserError, match=r"text is read from s3://, gs://, hf://"):
+        find_files("ftp://host/a.txt")
+
+
+# ---------------------------------------------------------------- a look from afar
+
+
+def test_a_survey_reads_little(hub: Hub) -> None:
+    large = parquet(texts_of(12_000))
+    hub.add("owner/name", {"train.parquet": large})
+    found = survey(source="hf://owner/name", tokenizer="byte")
+    fetched = 0
+    for each in hub.ranged():
+        if each.path.startswith("/cdn"):
+            first, last = (int(n) for n in (each.range or "").removeprefix("bytes=").split("-"))
+            fetched += last + 1 - first
+    assert not found.exact
+    assert found.source_bytes == len(large)
+    assert found.bytes == pytest.approx(sum(map(len, texts_of(12_000))), rel=0.3)
+    assert fetched < 12 << 20
+    assert fetched < len(large) / 2
+
+
+def test_the_meter_counts_what_is_read(hub: Hub) -> None:
+    hub.add("owner/name", {"train.parquet": PARQUET})
+    found, meter = find_files("hf://owner/name"), Meter()
+    with closing(documents(found, meter=meter)) as reading:  # type: ignore[type-var]
+        next(reading)
+        assert 0 < meter.done_bytes <= len(PARQUET)

@@ -1,0 +1,245 @@
+"""One preparation, from slices to a manifest, wherever an earlier attempt left it.
+
+tokenizer ─▶ slices ─▶ (without duplicates) ─▶ shards of the split ─▶ manifest, last of all
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from tuppence.data import dedup, traits
+from tuppence.data.encode import Job
+from tuppence.data.finish import assemble
+from tuppence.data.inputs import InputFile
+from tuppence.data.lengths import Lengths
+from tuppence.data.reading import sampled
+from tuppence.data.shards import MANIFEST_VERSION, Input, Manifest, token_dtype
+from tuppence.data.shelf import Shelf
+from tuppence.data.slices import slices_of
+from tuppence.data.sources import source_bytes
+from tuppence.data.split import Asked
+from tuppence.data.stream import Stream
+from tuppence.data.tokenizer import (
+    BPE_TRAIN_CHARS,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    parse_spec,
+    spec_identity,
+)
+from tuppence.data.work import Done
+from tuppence.errors import UserError
+from tuppence.host import usable_cores
+
+# Raise it when this program makes other tokens of the same inputs and options.
+_RECIPE = 2
+SMALL_BYTES = 1 << 20  # below it, a look at languages would take longer than all the rest
+
+Say = Callable[[str, int, int], None]  # a few words, bytes read, tokens made
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source becomes tokens. `seed` None leaves documents in the order of the files;
+    `dedup` is none, exact or near; `on_bad` refuse or skip."""
+
+    text_field: str = "text"
+    max_tokens: int | None = None
+    val_tokens: int | None = None
+    seed: int | None = 0
+    dedup: str = "none"
+    on_bad: str = "refuse"
+    shard_tokens: int = 100_000_000
+    workers: int | None = None
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that was asked, with its inputs found and hashed."""
+
+    source: str
+    tokenizer: str
+    licence: str | None
+    files: list[InputFile]
+    options: Options
+    single: bool
+
+    def key(self) -> str:
+        """sha256 over what the tokens depend on: contents and options, no names of files."""
+        options = self.options
+        kinds = [(file.kind, file.identity) for file in self.files]
+        named = any(file.kind != "txt" for file in self.files)
+        parts = [_RECIPE, kinds, spec_identity(self.tokenizer)]
+        parts += [options.text_field if named else None, options.max_tokens, options.val_tokens]
+        parts += [options.shard_tokens, options.seed, options.dedup]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def split(self) -> Asked:
+        """What the split depends on."""
+        options = self.options
+        return Asked(options.max_tokens, options.val_tokens, source_bytes(self.files), self.single)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def tokenizer_of(task: Task, shelf: Shelf, *, say: Say) -> Tokenizer:
+    """The tokenizer, made and saved, or the one that was saved before."""
+    folder = shelf.folder / "tokenizer"
+    if (folder / "tokenizer.meta.json").exists():
+        return load_tokenizer(folder)
+    kind, _ = parse_spec(task.tokenizer)
+    if kind == "bpe":
+        say("learning the tokenizer from the corpus", 0, 0)
+    most = BPE_TRAIN_CHARS if kind == "bpe" else sys.maxsize
+
+    def texts() -> Iterator[str]:
+        return sampled(task.files, chars=most, text_field=task.options.text_field)
+
+    single = task.single if kind == "char" else None
+    tokenizer = build_tokenizer(task.tokenizer, texts=texts, single_document=single)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def stream_of(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, say: Say) -> Stream:
+    """The slices of the input, those that this machine makes among them."""
+    options, slices = task.options, slices_of(task.files)
+    large = source_bytes(task.files) > SMALL_BYTES and not task.single
+    job = Job(
+        files=task.files,
+        text_field=options.text_field,
+        tokenizer=tokenizer,
+        dtype=token_dtype(tokenizer.vocab_size),
+        seed=options.seed,
+        dedup=options.dedup,
+        languages=large and traits.can_tell_languages(),
+    )
+    return Stream(
+        slices=slices,
+        mine=range(options.rank, len(slices), options.world),
+        job=job,
+        shelf=shelf,
+        shard_tokens=options.shard_tokens,
+        bands=traits.bands_of(options.dedup),
+        on_bad=options.on_bad,
+        workers=options.workers or usable_cores(),
+        say=functools.partial(say, "tokenizing"),
+    )
+
+
+def make(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, key: str, say: Say) -> Manifest:
+    """All slices that are needed, as shards of the split. Raises UserError where there is no
+    text."""
+    stream = stream_of(task, shelf, tokenizer, say=say)
+    wanted = needed = task.split().wanted_tokens()
+    while True:
+        stream.fill(needed)
+        done = [each for each in stream.done() if each.finished]
+        unique = _unique(done, shelf, tokenizer) if stream.bands else done
+        tokens = sum(each.tokens for each in unique)
+        everything = len(done) == len(stream.slices) and all(each.all for each in done)
+        if everything or wanted is None or tokens >= wanted:
+            break
+        assert needed is not None
+        needed += wanted - tokens  # what duplicates took is read behind them
+    if not tokens:
+        raise UserError(
+            f"data.source {task.source!r} is empty: there is no text in it; give it some"
+        )
+    say("putting the shards in place", 0, tokens)
+    return _manifest(task, shelf, tokenizer, done, unique, key=key)
+
+
+def missing(task: Task, shelf: Shelf, tokenizer: Tokenizer) -> list[int]:
+    """The slices that are needed and not finished, of all machines."""
+    wanted = task.split().wanted_tokens()
+    shelf.look()
+    tokens, lacking = 0, []
+    for each in stream_of(task, shelf, tokenizer, say=lambda *_: None).done():
+        if wanted is not None and tokens >= wanted:
+            break
+        tokens += each.tokens
+        lacking += [] if each.finished else [each.slice]
+    return lacking
+
+
+def _unique(done: list[Done], shelf: Shelf, tokenizer: Tokenizer) -> list[Done]:
+    return dedup.without(done, shelf, token_bytes=tokenizer.token_bytes())
+
+
+# ---------------------------------------------------------------- manifest
+
+
+def _manifest(
+    task: Task,
+    shelf: Shelf,
+    tokenizer: Tokenizer,
+    done: list[Done],
+    unique: list[Done],
+    *,
+    key: str,
+) -> Manifest:
+    """Put the shards in place, and tell of them."""
+    asked, options = task.split(), task.options
+    made = assemble(unique, shelf, asked.split(sum(each.tokens for each in unique)), tokenizer)
+    tokens = made.train_tokens + made.val.tokens
+    return Manifest(
+        version=MANIFEST_VERSION,
+        source=task.source,
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+        inputs=[Input(file.shown, file.bytes, file.identity) for file in task.files],
+        inputs_sha256=key,
+        documents=made.documents,
+        tokens=tokens,
+        train_tokens=made.train_tokens,
+        val_tokens=made.val.tokens,
+        bytes=made.bytes,
+        bytes_per_token=made.bytes / tokens,
+        val_bytes=made.val.bytes,
+        val_sha256=made.val.sha256,
+        split_rule=asked.rule(),
+        text_field=options.text_field,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        dedup=options.dedup,
+        duplicates=sum(each.documents for each in done) - sum(each.documents for each in unique),
+        bad=_summed(each.bad for each in done),
+        bad_named={why: line for each in reversed(done) for why, line in each.named.items()},
+        lengths=_lengths(done),
+        languages=_shares(_summed(each.languages for each in done)),
+        licence=task.licence,
+        shards=made.shards,
+    )
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sum, commonest first."""
+    return dict(sum(map(Counter, counts), Counter[str]()).most_common())
+
+
+def _shares(counts: dict[str, int]) -> dict[str, float] | None:
+    total = sum(counts.values())
+    return {name: round(count / total, 4) for name, count in counts.items()} or None
+
+
+def _lengths(done: list[Done]) -> dict[str, float]:
+    """Documents by their tokens: quantiles, and the ends. Of all that was read."""
+    lengths = functools.reduce(Lengths.merged, (each.lengths for each in done), Lengths())
+    shares = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
+    found = {name: round(lengths.quantile(share), 1) for name, share in shares.items()}
+    return {"shortest": lengths.shortest, **found, "longest": lengths.longest}

@@ -1,0 +1,78 @@
+"""What is worth knowing of documents besides their tokens: which are alike, and their language.
+
+Documents are alike where a key is equal in any band. `exact` has one band, a hash of the text.
+`near` has 14, each over 8 of 112 MinHashes of the text's runs of five words, as FineWeb was
+deduplicated (Penedo et al. 2024, arXiv:2406.17557): two documents that share a part s of their
+runs are found alike with probability 1 - (1 - s^8)^14, a half at s = 0.68.
+
+MinHash is the library rensa's, the language py3langid's; both come with the extra `corpus`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tuppence.data.documents import Bad, Document
+from tuppence.errors import UserError
+
+BANDS, ROWS, RUN_WORDS = 14, 8, 5
+LANGUAGE_SAMPLE, LANGUAGE_CHARS = 4, 1_000  # documents of a window, characters of each
+SHORTEST = 20  # characters in which a language can be told
+_INSTALL = "pip install 'tuppence[corpus]'"
+
+Keys = npt.NDArray[np.uint64]
+
+
+def bands_of(dedup: str) -> int:
+    """How many keys a document has. Raises UserError where a library is missing."""
+    if dedup == "near" and importlib.util.find_spec("rensa") is None:
+        raise UserError(f"data.dedup=near needs a library that is not installed: {_INSTALL}")
+    return {"none": 0, "exact": 1, "near": BANDS}[dedup]
+
+
+def can_tell_languages() -> bool:
+    """Whether the library is here; where it is not, languages are not measured."""
+    return importlib.util.find_spec("py3langid") is not None
+
+
+def keys(documents: Sequence[Document], *, dedup: str) -> Keys:
+    """[len(documents), bands]. A document that is longer than a window has keys of its own."""
+    found = np.empty((len(documents), bands_of(dedup)), dtype=np.uint64)
+    for row, document in zip(found, documents, strict=True):
+        if dedup == "exact" or (dedup == "near" and not document.last):
+            row[:] = _hash(document.text if document.last else document.shown)
+        elif dedup == "near":
+            row[:] = _bands(document.text)
+    return found
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _bands(text: str) -> Keys:
+    import rensa
+
+    words = text.lower().split()
+    count = max(1, len(words) - RUN_WORDS + 1)
+    hashes = rensa.RMinHash(num_perm=BANDS * ROWS, seed=1)
+    hashes.update([" ".join(words[i : i + RUN_WORDS]) for i in range(count)])
+    rows = np.array(hashes.digest(), dtype="<u4").reshape(BANDS, ROWS)
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def languages(found: Sequence[Document | Bad]) -> Counter[str]:
+    """The languages of the first few documents, by ISO 639-1 code."""
+    import py3langid
+
+    documents = [each for each in found if isinstance(each, Document)]
+    starts = [d.text[:LANGUAGE_CHARS] for d in documents[:LANGUAGE_SAMPLE]]
+    return Counter(py3langid.classify(text)[0] for text in starts if len(text) >= SHORTEST)

@@ -1,0 +1,55 @@
+"""Items in windows: what one worker turns into tokens at a time, and within which it is shuffled.
+
+    slice   | window 0 | window 1 | window 2 | ...        8 MiB or so of what was read, each
+
+A window ends with the item that fills it, so it follows from the input alone. A long text, which
+comes in pieces, has windows of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tuppence.data.formats import Item, Meter, read_items
+from tuppence.data.inputs import InputFile
+from tuppence.data.pieces import Cut
+from tuppence.data.slices import Slice
+
+WINDOW_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some items of a slice: whole documents, or pieces of one. `number` counts from 0 in it."""
+
+    slice: int
+    number: int
+    items: list[Item]
+
+
+def windows_of(
+    slice_: Slice,
+    number: int,
+    files: Sequence[InputFile],
+    *,
+    text_field: str,
+    cut: Cut,
+    meter: Meter,
+) -> Iterator[Window]:
+    """The windows of slice `number`, in order. Raises UserError for a file that cannot be read."""
+    count = 0
+    held: list[Item] = []
+    held_bytes = 0
+    for part in slice_:
+        for item in read_items(files[part.file], part, text_field=text_field, cut=cut, meter=meter):
+            if held and item.whole != held[-1].whole:
+                yield Window(number, count, held)
+                count, held, held_bytes = count + 1, [], 0
+            held.append(item)
+            held_bytes += item.bytes()
+            if held_bytes >= WINDOW_BYTES or (not item.whole and item.last):
+                yield Window(number, count, held)
+                count, held, held_bytes = count + 1, [], 0
+    if held:
+        yield Window(number, count, held)
