@@ -32,7 +32,7 @@ from welch import welch
 
 from tuppence import config, host
 from tuppence.config import Budget, Data, DataPlan, Run
-from tuppence.pipeline import prepared
+from tuppence.corpus import prepared
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
 

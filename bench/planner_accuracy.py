@@ -20,7 +20,7 @@ import published_throughput
 from scores import HEADER, shown
 
 from tuppence import recipes
-from tuppence.pipeline import surveyed
+from tuppence.corpus import surveyed
 from tuppence.plan.options import options
 from tuppence.plan.prices import price_book
 

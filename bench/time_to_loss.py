@@ -116,7 +116,7 @@ def peer_run(checkout: Path, steps: int) -> dict[str, float]:
 
     from tuppence import config, host
     from tuppence.config import Budget, Data, Run
-    from tuppence.pipeline import prepared
+    from tuppence.corpus import prepared
     from tuppence.plan.solve import solve
 
     run = Run(

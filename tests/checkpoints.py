@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import threading
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tuppence import checkpoint
-from tuppence.checkpoint import Piece, Pieces, Pointer, Retention, Saver, State
+from tuppence.checkpoint import (
+    Piece,
+    Pieces,
+    Pointer,
+    Retention,
+    Saver,
+    State,
+    layout,
+    pieces,
+    retention,
+    writing,
+)
+from tuppence.errors import Fault
 from tuppence.folder import RunFolder
 
 KNOWN: dict[str, Any] = {
@@ -75,7 +91,7 @@ class Trained:
         self.model.zero_grad()
 
     def save(self, folder: RunFolder, step: int) -> Pointer:
-        return checkpoint.save(folder, self.model, self.optimizers, state_of(step))
+        return save(folder, self.model, self.optimizers, state_of(step))
 
     def pieces(self) -> tuple[Pieces, Pieces]:
         return checkpoint.pieces_of(self.model, self.optimizers)
@@ -110,6 +126,82 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
+
+
+# ---------------------------------------------------------------- one process, at once
+
+
+def save(
+    folder: RunFolder, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: State
+) -> Pointer:
+    """Write a checkpoint of what is not sharded, without a saver, and point `last` at it."""
+    both = checkpoint.pieces_of(model, optimizers)
+    images = {kind: pieces.staged(held) for kind, held in zip(layout.KINDS, both, strict=True)}
+    aside = folder.checkpoints / f".{layout.name_of(state.step)}.{os.getpid()}"
+    try:
+        files = writing.write_part(aside, images, rank=0, world=1)
+        writing.seal(aside, state, files, attempt=1, world=1)
+        made = layout.pointer_to(writing.commit(folder, aside, state.step))
+        checkpoint.point(folder, "last", made)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise Fault(writing.cannot_save(folder, state.step, error)) from error
+    return made
+
+
+def load_newest(
+    folder: RunFolder, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> State | None:
+    """Load the newest that verifies, if there is one, and set the pointers."""
+    path = checkpoint.newest(folder).path
+    if path is None:
+        return None
+    state = checkpoint.load(path, model, optimizers)
+    checkpoint.mend_pointers(folder, path, state)
+    return state
+
+
+def newest_verified(folder: RunFolder) -> Path | None:
+    """The path alone."""
+    return checkpoint.newest(folder).path
+
+
+def retain(folder: RunFolder, *, keep_last: int) -> None:
+    """Delete all but the newest few, whatever is pointed at, and leftovers of killed saves."""
+    retention.enforce(folder, Retention(keep_last))
+    retention.sweep(folder, lambda path: True)
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def run_folder(tmp_path: Path) -> Iterator[RunFolder]:
+    """A fixture: an empty one."""
+    made = RunFolder(tmp_path / "run")
+    made.path.mkdir()
+    yield made
+    made.close()
+
+
+def saved_twice(folder: RunFolder) -> RunFolder:
+    """A fixture: checkpoints of steps 1 and 2."""
+    made = fresh()
+    for step in (1, 2):
+        made.step(step)
+        made.save(folder, step)
+    return folder
+
+
+def names(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoint.complete(folder)]
+
+
+def codes(folder: RunFolder) -> list[str]:
+    return [event["code"] for event in folder.rows("events")]
 
 
 # ---------------------------------------------------------------- ranks
@@ -169,3 +261,18 @@ def save_on(
     for saver in ranks:
         saver.close()
     return folder.checkpoints / f"step_{step:08d}"
+
+
+class Held:
+    """Stops the saver's thread where a function is called, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        function = getattr(module, name)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            self.reached.set()
+            assert self.go.wait(60)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, held)

@@ -20,7 +20,7 @@ SMALL = {  # the least of each family, all of its parts present
 
 def model_plan(*, vocab_size: int = 50, **keys: object) -> ModelPlan:
     """The plan of a model with these `model.*` keys, 16 positions and 32 channels unless said."""
-    sizes = {"n_head": 4, "n_embd": 32, "sequence_len": 16, **keys}
+    sizes = {"n_head": 4, "n_embd": 32, "sequence_len": 16, "vocab_size": vocab_size, **keys}
     return solve_model(Run(model=Model(**sizes)), data_plan(vocab_size))
 
 

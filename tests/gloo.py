@@ -1,26 +1,19 @@
-"""Ranks as real processes that meet over gloo, forked from a server which has imported torch once.
-
-A process that imports torch for itself costs seconds; one that is forked is there at once, and is
-killed, signalled and waited for like any other.
-"""
+"""Ranks as real processes that meet over gloo, with the environment that torchrun gives."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tuppence.train.loop", "tuppence.verbs", "tuppence.data.prepare"])
+from forked import command, fork
+
 PATIENCE = 300.0  # seconds: the machine may be busy
 
 
@@ -77,10 +70,8 @@ def start(
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     for rank, log in enumerate(logs):
         env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        given = (str(log), env, str(cwd or folder), work, args)
-        process = CONTEXT.Process(target=_rank, args=given, daemon=True)
-        process.start()
-        processes.append(process)
+        log.write_bytes(b"")
+        processes.append(fork((str(log), str(log)), env, str(cwd or folder), work, *args))
     return Started(processes, logs)
 
 
@@ -91,42 +82,9 @@ def _free_port() -> int:
         return port
 
 
-def _rank(
-    log: str, env: dict[str, str], cwd: str, work: Callable[..., object], args: Sequence[Any]
-) -> None:
-    """In the child: its own log, environment and folder; it leaves at once when the work is done,
-    as `python -m tuppence` does where there are many ranks."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    code = 1
-    try:
-        import torch
-
-        torch.set_num_threads(1)
-        code = int(work(*args) or 0)  # type: ignore[call-overload]
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def command(words: Sequence[str]) -> int:
-    """A command line, run in this rank as `python -m tuppence` runs it."""
-    from tuppence.__main__ import main
-
-    sys.argv = ["tuppence", *words]
-    return main()
-
-
 def struck(words: Sequence[str], rank: int | None, step: int, number: int) -> int:
-    """The same, but at the beginning of step `step` rank `rank` (None: each) gets a signal."""
+    """The same, but at the beginning of step `step` rank `rank` (None: each) gets a signal (a
+    `kill -9` once something is saved)."""
     from tuppence import host
     from tuppence.train import loop
 
@@ -134,6 +92,9 @@ def struck(words: Sequence[str], rank: int | None, step: int, number: int) -> in
 
     def _step(trainer: Any, turn: Any) -> None:
         if trainer.state.step == step and rank in (None, host.rank()):
+            saved = trainer.folder.checkpoints / "last.json"
+            while number == signal.SIGKILL and not saved.exists():  # a thread's work
+                time.sleep(0.005)
             os.kill(os.getpid(), number)
         train_step(trainer, turn)
 

@@ -1,4 +1,4 @@
-"""A server on loopback that answers as the Hugging Face Hub does, and as a plain host of files.
+"""A server on loopback that answers as the Hugging Face Hub does, as a plain host, and as S3.
 
 It keeps what it was asked, and fails as it is told to: `faults` are taken one for each range that
 is asked for, `always` is for all of them.
@@ -73,7 +73,14 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._status(405)
+        """As S3 is asked about an object; of the others nobody asks."""
+        content = self.hub.web.get(self.path.rpartition("/")[2])
+        if content is None:
+            return self._status(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hash(content):x}"')
+        self.end_headers()
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -90,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(content, etag=None)
         elif parts[-1] in self.hub.web:
             content = self.hub.web[parts[-1]]
-            self._content(content, etag=hashlib.md5(content).hexdigest())
+            self._content(content, etag=f"{hash(content):x}")
         else:
             self._status(404)
 
@@ -140,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.isdecimal():
             return self._status(int(fault), **{"Retry-After": "0"})
         told = {"ETag": f'"{etag}"'} if etag else {}
+        if etag and self.headers.get("If-Match", told["ETag"]) != told["ETag"]:
+            return self._status(412)
         status, asked = 200, self.headers.get("Range")
         if asked and self.hub.ranges:
             first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
@@ -175,12 +184,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        """A connection that broke: as it was told to, or closed by who had enough."""
+
+
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """The hub, on a port of its own while this lasts."""
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 from bucket_runs import steps_on
+from known import know_this_machine
 from test_recovery import TINY, finished, one_line, tuppence
 
 from tuppence import bucket, checkpoint
+from tuppence.config import DataPlan
 from tuppence.folder import RunFolder
+from tuppence.plan.hardware import Calibration
 
 pytest_plugins = ["bucket_places"]
 WORDS = [*TINY, "train.precision=fp32", "train.attention=sdpa", "machine.threads=1", "name=x"]
+
+
+@pytest.fixture(autouse=True)
+def known(cache_home: Path, calibration: Calibration, data_plan: DataPlan) -> None:
+    """No process measures the machine."""
+    know_this_machine(calibration, data_plan, [["budget.steps=1", *WORDS]])
 
 
 def local(url: str) -> RunFolder:
@@ -35,12 +44,12 @@ def test_killed_and_gone_on_with_elsewhere_it_is_the_same_run(
     s3: str,
     tmp_path: Path,
 ) -> None:
-    words = ["run", "budget.steps=1500", "train.eval_every=500", *WORDS]
+    words = ["run", "budget.steps=600", "train.eval_every=200", *WORDS]
     code, _, err = finished(tuppence(*words, "--runs", "straight", cwd=tmp_path))
     assert code == 0, err
     straight = told(RunFolder(tmp_path / "straight/x"))
     runs = s3.rpartition("/")[0]
-    for least in (20, 400):
+    for least in (20, 200):
         process = tuppence(*words, "--runs", runs, cwd=tmp_path)
         until = time.monotonic() + 120
         while (
@@ -48,7 +57,7 @@ def test_killed_and_gone_on_with_elsewhere_it_is_the_same_run(
             and max(steps_on(s3), default=0) < least
             and time.monotonic() < until
         ):
-            time.sleep(0.05)
+            time.sleep(0.1)
         alive = process.poll() is None
         process.kill()
         assert alive, process.communicate()

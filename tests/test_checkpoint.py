@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit what was saved, on any number of ranks; beside training; what stays."""
+"""Checkpoints: bit for bit what was saved, on any number of ranks; which one is loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +13,36 @@ import pytest
 import torch
 from checkpoints import (
     CUTS,
-    Trained,
     by_elements,
     by_rows,
+    codes,
     cut,
     equal,
     fresh,
-    replicated,
+    load_newest,
+    newest_verified,
+    run_folder,
     save_on,
+    saved_twice,
     savers,
     state_of,
+    steps,
     trained,
 )
+from families import on_one_thread
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tuppence import checkpoint
-from tuppence.checkpoint import Piece, Pointer, Retention, Saver, fence, retention, tensors, writing
+from tuppence.checkpoint import Piece, Pointer, retention, tensors
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "checkpoint.json")
-TAKEN = r"attempt 2 has taken .* over"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[RunFolder]:
-    made = RunFolder(tmp_path / "run")
-    made.path.mkdir()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def saved(folder: RunFolder) -> RunFolder:
-    """Checkpoints of steps 1 and 2."""
-    made = fresh()
-    for step in (1, 2):
-        made.step(step)
-        made.save(folder, step)
-    return folder
-
-
-def names(folder: RunFolder) -> list[str]:
-    return sorted(path.name for path in folder.checkpoints.iterdir())
-
-
-def steps(folder: RunFolder) -> list[int]:
-    return [int(path.name[5:]) for path in checkpoint.complete(folder)]
-
-
-def codes(folder: RunFolder) -> list[str]:
-    return [event["code"] for event in folder.rows("events")]
+one_thread = pytest.fixture(autouse=True, scope="module")(on_one_thread)
+folder = pytest.fixture(run_folder)
+saved = pytest.fixture(saved_twice)
 
 
 # ---------------------------------------------------------------- what was saved
@@ -88,7 +56,7 @@ def test_training_goes_on_as_if_nothing_had_happened(folder: RunFolder, tied: bo
     for number in range(3):
         stopped.step(number)
     stopped.save(folder, 3)
-    assert checkpoint.load_newest(folder, resumed.model, resumed.optimizers) == state_of(3)
+    assert load_newest(folder, resumed.model, resumed.optimizers) == state_of(3)
     assert equal(resumed.tensors(), stopped.tensors())
     for number in range(3, 6):
         resumed.step(number)
@@ -334,7 +302,7 @@ def test_the_newest_that_is_whole_is_loaded(saved: RunFolder, name: str) -> None
     ]
     assert [e["message"] for e in events] == list(found.damaged)
     other = fresh(seed=1)
-    assert checkpoint.load_newest(saved, other.model, other.optimizers) == state_of(1)
+    assert load_newest(saved, other.model, other.optimizers) == state_of(1)
 
 
 def test_damage_in_all_of_them_is_a_fault(saved: RunFolder) -> None:
@@ -343,14 +311,14 @@ def test_damage_in_all_of_them_is_a_fault(saved: RunFolder) -> None:
     made = trained()
     before = made.tensors()
     with pytest.raises(Fault, match=r"all 2 checkpoints of .* are damaged .*--fresh"):
-        checkpoint.load_newest(saved, made.model, made.optimizers)
+        load_newest(saved, made.model, made.optimizers)
     assert equal(made.tensors(), before)  # nothing of a damaged one was taken over
 
 
 def test_no_checkpoint_is_no_fault(folder: RunFolder) -> None:
     made = fresh()
-    assert checkpoint.newest_verified(folder) is None
-    assert checkpoint.load_newest(folder, made.model, made.optimizers) is None
+    assert newest_verified(folder) is None
+    assert load_newest(folder, made.model, made.optimizers) is None
 
 
 @pytest.mark.parametrize("change", [{"layers": 3}, {"layers": 1}, {"tied": False}, {"width": 8}])
@@ -370,11 +338,11 @@ def test_the_pointers_of_a_kill_are_mended(saved: RunFolder) -> None:
     checkpoint.point(saved, "best", ahead)
     (saved.checkpoints / "last.json").unlink()
     made = fresh()
-    checkpoint.load_newest(saved, made.model, made.optimizers)
+    load_newest(saved, made.model, made.optimizers)
     assert checkpoint.choose(saved, "last") == second
     assert checkpoint.pointer(saved, "best") == right  # as the state of step 2 has it
     (saved.checkpoints / "best.json").write_text("torn")
-    checkpoint.load_newest(saved, made.model, made.optimizers)
+    load_newest(saved, made.model, made.optimizers)
     assert checkpoint.pointer(saved, "best") == right
     assert codes(saved) == ["pointer_damaged"]
     checkpoint.point(saved, "best", ahead)
@@ -391,7 +359,7 @@ def test_a_newer_attempt_goes_before_a_later_step(folder: RunFolder) -> None:
         saver.save(*trained().pieces(), state_of(step))
         saver.close()
     assert [int(path.name[5:]) for path in checkpoint.by_age(folder)] == [9, 4, 6]
-    assert checkpoint.newest_verified(folder) == folder.checkpoints / "step_00000006"
+    assert newest_verified(folder) == folder.checkpoints / "step_00000006"
     assert steps(folder) == [4, 6, 9]
 
 
@@ -400,421 +368,7 @@ def test_a_save_killed_between_its_renames_loses_no_checkpoint(folder: RunFolder
     path = save_on(folder, made, 3)
     os.replace(path, folder.checkpoints / ".step_00000003.replaced")
     retention.sweep(folder, lambda path: True)  # as a leftover it would go, but it is the only one
-    assert checkpoint.newest_verified(folder) == path
+    assert newest_verified(folder) == path
     other = fresh(seed=1)
     checkpoint.load(path, other.model, other.optimizers)
     assert equal(other.tensors(), made.tensors())
-
-
-# ---------------------------------------------------------------- beside training
-
-
-class Held:
-    """Stops the saver's thread where a function is called, until it is let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-        function = getattr(module, name)
-
-        def held(*args: Any, **kwargs: Any) -> Any:
-            self.reached.set()
-            assert self.go.wait(60)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, held)
-
-
-def test_training_goes_on_while_a_save_is_written(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(monkeypatch, writing, "write_part")
-    made, came = trained(), []
-    saver = Saver(
-        folder,
-        attempt=1,
-        keep=Retention(2),
-        fence=fence.claim(folder, 1),
-        committed=lambda path: came.append((path.name, threading.current_thread().name)),
-    )
-    before = made.tensors()
-    saver.save(*made.pieces(), state_of(3))
-    saver.point("best", 3)
-    assert held.reached.wait(60)
-    made.step(3)  # the step after has changed every tensor
-    assert checkpoint.complete(folder) == []
-    assert not equal(made.tensors(), before)
-    held.go.set()
-    saver.wait()
-    saver.check()
-    other = fresh(seed=1)
-    path = checkpoint.choose(folder, "best")
-    assert checkpoint.choose(folder, "last") == path
-    assert checkpoint.load(path, other.model, other.optimizers) == state_of(3)
-    assert equal(other.tensors(), before)
-    assert came == [("step_00000003", "saver")]
-    event = next(iter(folder.rows("events")))
-    assert (event["code"], event["step"]) == ("save", 3)
-    assert event["sha256"] == checkpoint.weights_sha256(path)
-    assert saver.seconds > 0
-    saver.close()
-
-
-def test_host_buffers_are_kept_while_they_fit(folder: RunFolder) -> None:
-    saver, made = savers(folder, 1)[0], trained(0)
-    made.step(0)  # moments appear with the first step
-    saver.prepare(*made.pieces())
-    saver.wait()
-    seen = [[saver._images[kind].data.data_ptr() for kind in ("model", "optimizer")]]
-    for step in (1, 2, 3):
-        made.step(step)
-        saver.save(*made.pieces(), state_of(step))
-        saver.wait()
-        seen.append([saver._images[kind].data.data_ptr() for kind in ("model", "optimizer")])
-        other = fresh(seed=1)
-        checkpoint.load(checkpoint.choose(folder, "last"), other.model, other.optimizers)
-        assert equal(other.tensors(), made.tensors())
-    assert seen[0] == seen[1] == seen[2] == seen[3]
-    del made.optimizers[1]
-    saver.save(*made.pieces(), state_of(4))  # fewer moments: another file
-    saver.wait()
-    assert not any(
-        "momentum" in n for n in checkpoint.index(folder.checkpoints / "step_00000004", "optimizer")
-    )
-    saver.close()
-
-
-def test_a_hook_that_fails_is_told_and_the_checkpoint_stands(folder: RunFolder) -> None:
-    def fail(path: Path) -> None:
-        raise Fault("the bucket is gone")
-
-    saver = savers(folder, 1, committed=fail)[0]
-    saver.save(*trained().pieces(), state_of(3))
-    with pytest.raises(Fault, match=r"^the bucket is gone$"):
-        saver.wait()
-    assert checkpoint.newest_verified(folder) == folder.checkpoints / "step_00000003"
-    saver.check()  # told once
-    saver.close()
-
-
-def test_pointing_at_what_was_not_saved_is_told(folder: RunFolder) -> None:
-    saver = savers(folder, 1)[0]
-    saver.point("best", 7)
-    with pytest.raises(Fault, match="step_00000007"):
-        saver.close()
-    assert checkpoint.pointer(folder, "best") is None
-
-
-# ---------------------------------------------------------------- what stays
-
-
-@pytest.mark.parametrize("keep_last", [1, 2, 3])
-def test_the_last_few_and_the_best_are_kept(folder: RunFolder, keep_last: int) -> None:
-    made = trained()
-    for step in (10, 20, 30, 40, 50):
-        pointer = made.save(folder, step)
-        if step == 20:
-            checkpoint.point(folder, "best", pointer)
-        checkpoint.retain(folder, keep_last=keep_last)
-    last = [50, 40, 30][:keep_last]
-    assert steps(folder) == sorted({20, *last})
-    for path in checkpoint.complete(folder):
-        checkpoint.verify(path)
-
-
-def saves(folder: RunFolder, numbers: range, keep: Retention, best: int | None = None) -> None:
-    saver = savers(folder, 1, keep=keep)[0]
-    for step in numbers:
-        saver.save(*trained(1).pieces(), state_of(step))
-        if step == best:
-            saver.point("best", step)
-    saver.close()
-
-
-def one_size(folder: RunFolder) -> int:
-    """The bytes of the largest checkpoint: numbers in state.json have more or fewer digits."""
-    sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in checkpoint.complete(folder)]
-    assert max(sizes) - min(sizes) < 100
-    return max(sizes)
-
-
-def test_milestones_stay(folder: RunFolder) -> None:
-    saves(folder, range(1, 15), Retention(2, keep_every=5), best=3)
-    assert steps(folder) == [3, 5, 10, 13, 14]
-    assert names(folder) == ["best.json", "last.json", *(f"step_{s:08d}" for s in steps(folder))]
-    assert set(codes(folder)) == {"save"}
-
-
-def test_over_the_limit_milestones_go_first_then_the_older(folder: RunFolder) -> None:
-    saves(folder, range(1, 15), Retention(3, keep_every=4), best=3)
-    assert steps(folder) == [3, 4, 8, 12, 13, 14]
-    size = one_size(folder)
-    kept = []
-    for room in (6, 5, 4, 3, 2, 1, 0):
-        retention.enforce(folder, Retention(3, keep_every=4, max_bytes=room * size))
-        kept.append(steps(folder))
-    assert kept == [
-        [3, 4, 8, 12, 13, 14],
-        [3, 8, 12, 13, 14],
-        [3, 12, 13, 14],
-        [3, 13, 14],
-        [3, 14],  # last and best stay whatever is asked
-        [3, 14],
-        [3, 14],
-    ]
-    events = [(e["code"], e.get("step")) for e in folder.rows("events") if e["code"] != "save"]
-    gone = [("milestone_deleted", step) for step in (4, 8, 12)]
-    assert events == [*gone, ("over_disk_limit", None), ("over_disk_limit", None)]
-
-
-def test_room_is_made_before_a_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    saves(folder, range(1, 5), Retention(9))
-    size = one_size(folder)
-    held = Held(monkeypatch, writing, "write_part")
-    saver = savers(folder, 1, keep=Retention(9, max_bytes=3 * size + size // 2))[0]
-    saver.save(*trained(1).pieces(), state_of(5))
-    assert held.reached.wait(60)
-    assert steps(folder) == [3, 4]  # and 5 is still to come
-    held.go.set()
-    saver.wait()
-    assert steps(folder) == [3, 4, 5]
-    free = [0]  # a disk that is full until all that may go has gone
-    monkeypatch.setattr(retention, "_free", lambda folder: free[0])
-    saver.save(*trained(1).pieces(), state_of(6))
-    saver.close()
-    assert steps(folder) == [5, 6]  # never the last good one
-
-
-def test_going_back_leaves_nothing_later(folder: RunFolder) -> None:
-    saves(folder, range(1, 6), Retention(9), best=4)
-    checkpoint.drop_later(folder, 3)
-    assert steps(folder) == [1, 2, 3]
-    assert names(folder) == [f"step_0000000{step}" for step in (1, 2, 3)]  # no pointers
-    assert checkpoint.newest_verified(folder) == folder.checkpoints / "step_00000003"
-
-
-def test_deleting_is_done_by_name_first(saved: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill inside leaves no damaged checkpoint for a later attempt to complain of."""
-
-    class Killed(BaseException):
-        pass
-
-    def kill(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            next(path.iterdir()).unlink()
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(retention.shutil, "rmtree", kill)
-        with pytest.raises(Killed):
-            checkpoint.retain(saved, keep_last=1)
-    assert checkpoint.newest(saved).damaged == ()
-    assert steps(saved) == [2]
-    checkpoint.retain(saved, keep_last=1)
-    assert names(saved) == ["last.json", "step_00000002"]
-
-
-# ---------------------------------------------------------------- two writers
-
-
-def test_a_claim_is_one_attempts(folder: RunFolder) -> None:
-    with pytest.raises(Fault, match="not claimed for attempt 1"):
-        Saver(folder, attempt=1, keep=Retention(1))
-    first = checkpoint.claim(folder, 1)
-    first.check()
-    peer = checkpoint.Fence(folder, 1)  # another rank of the attempt
-    assert peer.token == first.token
-    there = json.loads(folder.file("attempt.json").read_text())
-    assert (there["attempt"], there["pid"]) == (1, os.getpid())
-    checkpoint.claim(folder, 1).check()  # the same number, started twice
-    for old in (first, peer):
-        with pytest.raises(
-            Fault, match=r"another process of attempt 1 has taken .* over; this one"
-        ):
-            old.check()
-    second = checkpoint.claim(folder, 2)
-    with pytest.raises(Fault, match=r"attempt 2 has taken .* over; this one \(attempt 1\) stops"):
-        first.check()
-    with pytest.raises(Fault, match=TAKEN):
-        checkpoint.claim(folder, 1)
-    with pytest.raises(Fault, match=TAKEN):
-        checkpoint.Fence(folder, 1)
-    second.check()
-    assert [p.name for p in folder.path.iterdir()] == ["attempt.json"]
-    for text in ("", "{", '{"attempt": 2}', "[]"):
-        folder.file("attempt.json").write_text(text)
-        with pytest.raises(Fault, match="does not say who holds the run"):
-            second.check()
-
-
-def test_a_zombie_writes_nothing(folder: RunFolder) -> None:
-    zombie, made = savers(folder, 1)[0], trained()
-    zombie.save(*made.pieces(), state_of(1))
-    zombie.wait()
-    new = savers(folder, 1, attempt=2)[0]
-    made.step(9)
-    new.save(*made.pieces(), state_of(2))
-    new.wait()
-    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    zombie.save(*trained().pieces(), state_of(2))
-    with pytest.raises(Fault, match=TAKEN):
-        zombie.wait()
-    zombie.point("best", 2)
-    with pytest.raises(Fault, match=TAKEN):
-        zombie.close()
-    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
-    new.close()
-
-
-@pytest.mark.parametrize("where", ["write_part", "gather", "seal"])
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_zombie_in_the_middle_of_the_same_step(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, where: str, world: int
-) -> None:
-    first, made = trained(), trained()
-    made.step(9)
-    save_on(folder, first, 1, world=world)
-    with monkeypatch.context() as patched:
-        held = Held(patched, writing, where)
-        zombies = savers(folder, world)
-        for rank, zombie in enumerate(zombies):
-            weights, moments = first.pieces()
-            zombie.save(
-                cut(weights, by_rows, rank, world), cut(moments, by_rows, rank, world), state_of(2)
-            )
-        assert held.reached.wait(60)
-        patched.undo()
-        ranks = savers(folder, world, attempt=2)
-        for rank, saver in enumerate(ranks):
-            weights, moments = made.pieces()
-            saver.save(
-                cut(weights, by_rows, rank, world), cut(moments, by_rows, rank, world), state_of(2)
-            )
-        for saver in ranks:
-            saver.close()
-        held.go.set()
-    with pytest.raises(Fault, match=TAKEN):
-        zombies[0].close()
-    for zombie in zombies[1:]:
-        try:
-            zombie.close()  # its part was on disk before, or it has noticed
-        except Fault as fault:
-            assert "attempt 2 has taken" in str(fault)  # noqa: PT017
-    path = checkpoint.choose(folder, "last")
-    checkpoint.verify(path)
-    assert checkpoint.manifest(path).attempt == 2
-    assert equal(checkpoint.consolidated(path), {k: p.tensor for k, p in made.pieces()[0].items()})
-    assert steps(folder) == [1, 2]
-
-
-# ---------------------------------------------------------------- ranks that fail
-
-
-def test_a_rank_that_never_comes_is_named(folder: RunFolder) -> None:
-    made = trained()
-    save_on(folder, made, 1, world=3)
-    ranks = savers(folder, 3, patience=0.2)
-    for rank in (0, 2):
-        ranks[rank].save(*made.pieces(), state_of(2))
-    with pytest.raises(
-        Fault, match=r"cannot save step 2 .* the part of rank 1 did not come within"
-    ):
-        ranks[0].close()
-    ranks[2].close()
-    assert checkpoint.newest_verified(folder) == folder.checkpoints / "step_00000001"
-
-
-def test_a_zombie_does_not_wait_for_its_ranks(folder: RunFolder) -> None:
-    """Its other rank has gone; it does not take ten minutes to see that it was taken over."""
-    zombie = savers(folder, 2)[0]
-    zombie.save(*trained().pieces(), state_of(2))
-    checkpoint.claim(folder, 2)
-    with pytest.raises(Fault, match=TAKEN):
-        zombie.close()
-    assert not any(folder.checkpoints.iterdir())
-
-
-def test_a_rank_that_cannot_write_is_told_at_once(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ranks, write, made = savers(folder, 2), tensors.write, trained()
-
-    def refuse(path: Path, image: tensors.Image) -> Any:
-        if path.name == "optimizer-00002-of-00002.safetensors":
-            raise OSError(28, os.strerror(28))
-        return write(path, image)
-
-    monkeypatch.setattr(tensors, "write", refuse)
-    for saver in ranks:
-        saver.save(*made.pieces(), state_of(2))
-    for saver, told in zip(ranks, ("rank 1: No space left", "No space left"), strict=True):
-        with pytest.raises(Fault, match=rf"cannot save step 2 in \S+ {told}"):
-            saver.wait()
-    assert checkpoint.complete(folder) == []
-    monkeypatch.undo()
-    for saver in ranks:  # the same step again, by the same savers: nothing old is taken for new
-        made.step(7)
-        saver.save(*made.pieces(), state_of(2))
-    for saver in ranks:
-        saver.close()
-    assert checkpoint.newest_verified(folder) is not None
-
-
-def test_parts_of_an_earlier_try_are_not_taken_for_new_ones(folder: RunFolder) -> None:
-    """Rank 1's part of a save that rank 0 gave up lies there when both save that step again."""
-    old, new = trained(1), trained(4)
-    ranks = savers(folder, 2, patience=0.1)
-
-    def save(rank: int, made: Trained) -> None:
-        weights, moments = made.pieces()
-        held = cut(weights, by_rows, rank, 2), cut(moments, by_rows, rank, 2)
-        ranks[rank].save(*held, state_of(2))
-
-    save(0, old)
-    with pytest.raises(Fault, match="rank 1 did not come"):
-        ranks[0].wait()
-    save(1, old)  # too late
-    ranks[1].wait()
-    ranks[0].patience = 60
-    save(0, new)
-    save(1, new)
-    for saver in ranks:
-        saver.close()
-    path = checkpoint.choose(folder, "last")
-    checkpoint.verify(path)
-    assert equal(checkpoint.consolidated(path), {k: p.tensor for k, p in new.pieces()[0].items()})
-    assert names(folder) == ["last.json", "step_00000002"]  # the late part is swept
-
-
-def test_a_fast_rank_is_not_swept(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 has written its part of step 2 before rank 0 commits step 1 and cleans up."""
-    made = trained()
-    ranks = savers(folder, 2)
-    held = Held(monkeypatch, writing, "seal")
-    for step in (1, 2):
-        weights, moments = (cut(p, by_rows, 1, 2) for p in made.pieces())
-        ranks[1].save(weights, moments, state_of(step))
-        ranks[1].wait()
-        if step == 1:
-            weights, moments = (cut(p, by_rows, 0, 2) for p in made.pieces())
-            ranks[0].save(weights, moments, state_of(1))
-            assert held.reached.wait(60)
-    held.go.set()
-    ranks[0].wait()
-    ranks[0].save(weights, moments, state_of(2))
-    for saver in ranks:
-        saver.close()
-    assert steps(folder) == [1, 2]
-
-
-def test_replicated_and_sharded_come_to_the_same(folder: RunFolder, tmp_path: Path) -> None:
-    made = trained()
-    paths = [
-        save_on(folder, made, step, world=2, how=how)
-        for step, how in enumerate((replicated, by_rows, by_elements), 1)
-    ]
-    files = []
-    for path in [*paths, save_on(folder, made, 4)]:
-        save_file(checkpoint.consolidated(path), tmp_path / path.name)
-        files.append((tmp_path / path.name).read_bytes())
-    assert len(set(files)) == 1
-    assert files[0] == (folder.checkpoints / "step_00000004/model.safetensors").read_bytes()

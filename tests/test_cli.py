@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from known import know_this_machine
 
 from tuppence import cli, config, host, pipeline, recipes
 from tuppence.config import DataPlan, Plan, from_json
 from tuppence.folder import RunFolder, RunLock
 from tuppence.plan import hardware
-from tuppence.plan.hardware import Calibration, Timing
-from tuppence.plan.solve import solve
+from tuppence.plan.hardware import Calibration
 
 TINY = shlex.split(
     "model.n_layer=1 model.n_embd=32 model.n_head=2 model.sequence_len=32 train.batch_tokens=256 "
@@ -64,27 +64,6 @@ class Answer:
 Command = Callable[..., Answer]
 
 
-def know_this_machine(calibration: Calibration, data_plan: DataPlan) -> None:
-    """Keep a calibration of this machine in which the tiny model was timed."""
-    run = config.override(recipes.get("shakespeare"), TINY)
-    for threads in {1, host.usable_cores()}:
-        mine = dataclasses.replace(calibration, name=host.cpu_name(), threads=threads)
-        plan = solve(run, data_plan, mine)
-        timing = Timing(
-            precision="fp32",
-            attention="sdpa",
-            compile=False,
-            micro_batch=plan.step.micro_batch,
-            workers=plan.step.workers,
-            round_seconds=0.01,
-            update_seconds=0.002,
-            forward_seconds=0.003,
-            source="measured by calibrate",
-        )
-        key = hardware.shape_key(plan.model, plan.step.micro_batch, plan.step.workers)
-        hardware.save_calibration(mine.with_timings(key, [timing]))
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
@@ -103,7 +82,7 @@ def tuppence(
     data_plan: DataPlan,
 ) -> Iterator[Command]:
     """Runs one command line in this process, on a CPU that is known already."""
-    know_this_machine(calibration, data_plan)
+    know_this_machine(calibration, data_plan, [TINY])
     monkeypatch.setattr(host, "settle_threads", lambda threads: {})
     monkeypatch.setattr(host, "process_start", time.time)
     monkeypatch.setattr(pipeline, "device_of", lambda run: "cpu")
@@ -160,7 +139,7 @@ BAD = [
     (2, ["machine.threads=0"], "machine.threads=0: at least 1"),
     (2, ["name=../up"], "name=../up"),
     (2, ["--nonsense", "budget.usd=1"], "--nonsense: no such option"),
-    (2, [*TINY, "data.val_tokens=2000000"], "0 training tokens"),
+    (2, [*TINY, "data.val_tokens=2000000"], "more than half of the 1,115,394 tokens"),
     (2, [*TINY, "--runs", "empty.txt"], "--runs and --data name folders"),
     (3, ["budget.usd=1e-6"], "give at least budget.usd="),
     (3, ["machine.gpu=H100"], "machine.gpu=H100"),
@@ -220,6 +199,34 @@ def test_what_is_refused_after_the_preparation_leaves_no_run(
     assert tuppence("run", *TINY).code == 0  # the corrected command is not another run
 
 
+@pytest.fixture
+def measures_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is measured all the same: a few steps, of which nobody asks how long they took."""
+    for name in ("ENOUGH_SECONDS", "MATMUL_SECONDS"):
+        monkeypatch.setattr(f"tuppence.train.calibrate.{name}", 0.01)
+
+
+@pytest.mark.usefixtures("measures_quickly")
+def test_a_machine_and_a_shape_are_measured_once(tuppence: Command, cache_home: Path) -> None:
+    kept = hardware.calibration_file("cpu", 1)
+    kept.unlink()
+    words = ["train", *TINY, "budget.steps=1"]
+    first = tuppence(*words, "name=first")
+    assert first.code == 0, first.err
+    assert "measuring this machine" in first.err
+    assert "measuring this plan's step" in first.err
+    known = hardware.load_calibration("cpu", 1)
+    assert known is not None
+    assert min(known.matmul_tflops.values()) > 0
+    (timings,) = known.timings.values()
+    assert {(t.attention, t.source) for t in timings} >= {("sdpa", "measured by calibrate")}
+    assert all(t.round_seconds > 0 for t in timings)
+    second = tuppence(*words, "name=second")
+    assert second.code == 0, second.err
+    assert "measuring" not in second.err
+
+
+@pytest.mark.usefixtures("measures_quickly")
 def test_a_corpus_without_newlines_can_be_trained_on(tuppence: Command, here: Path) -> None:
     (here / "line.txt").write_text("to be, or not to be, " * 900)
     assert tuppence("run", *TINY, "data.source=line.txt").code == 0
@@ -281,7 +288,7 @@ def finished(
     env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(cache))
-        know_this_machine(calibration, data_plan)
+        know_this_machine(calibration, data_plan, [TINY])
     words = [sys.executable, "-m", "tuppence", "run", *TINY, "--json"]
     done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, check=False)
     return place, Answer(done.returncode, done.stdout, done.stderr)
@@ -441,6 +448,7 @@ def test_wrong_options_of_a_run(tuppence: Command, kept: Path, words: list[str],
     assert answer.document["error"]["message"] == answer.line
 
 
+@pytest.mark.usefixtures("measures_quickly")
 def test_a_corpus_that_changed_is_another_run(tuppence: Command, here: Path) -> None:
     text = here / "mine.txt"
     text.write_text("to be, or not to be\n" * 2000)

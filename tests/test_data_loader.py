@@ -13,7 +13,7 @@ import pytest
 from tuppence.data import loader as loader_module
 from tuppence.data.loader import Loader, rolling_sha, val_windows
 from tuppence.data.permute import Order, key_of, permuted
-from tuppence.data.prepare import prepare
+from tuppence.data.prepare import Options, prepare
 from tuppence.errors import Fault, UserError
 
 
@@ -26,8 +26,7 @@ def corpus(folder: Path, *, tokens: int, val: int = 1, shard_tokens: int = 10**8
         source=str(folder / "numbers.txt"),
         tokenizer="char",
         root=folder,
-        val_tokens=val,
-        shard_tokens=shard_tokens,
+        options=Options(val_tokens=val, shard_tokens=shard_tokens, workers=1),
     ).folder
 
 
@@ -106,6 +105,12 @@ def test_a_visit_says_what_its_samples_are(n: int, block: int) -> None:
         assert turns[: order.n_blocks] != sorted(turns[: order.n_blocks])
         assert len(set(epochs)) > 1
         assert turns[: order.n_blocks] != turns[order.n_blocks : 2 * order.n_blocks]
+
+
+def test_blocks_are_not_all_in_the_same_order() -> None:
+    order = Order(400, block=100, key=2)
+    found = order.at(np.arange(400, dtype=np.uint64)) % 100
+    assert len({tuple(found[i : i + 100].tolist()) for i in range(0, 400, 100)}) == 4
 
 
 def test_samples_of_several_epochs_at_once() -> None:

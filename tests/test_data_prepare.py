@@ -1,4 +1,4 @@
-"""Preparation: exact counts and splits, the same shards whatever happens, damage found."""
+"""Preparation: exact counts and splits, caps, order, reuse, and damage found."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 import json
 import lzma
-import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,25 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from test_data_sources import TEXTS, write
+from small_corpora import (
+    REPOSITORY,
+    SHARED,
+    TEXTS,
+    child,
+    contents,
+    documents_of,
+    hashes,
+    made,
+    peak_mib,
+    shrink,
+    stream_of,
+    texts,
+    tokens_of,
+    write,
+)
 
-from tuppence.data.encoders import GPT2_PATTERN, gpt2_ranks
-from tuppence.data.prepare import Prepared, Progress, prepare, survey
+from tuppence.data.prepare import Options, Prepared, Progress, prepare, survey
+from tuppence.data.ranks import GPT2_SPLIT, published_ranks
 from tuppence.data.shards import (
     MANIFEST,
     Manifest,
@@ -32,101 +47,68 @@ from tuppence.data.shards import (
     write_shard,
 )
 from tuppence.data.sources import asset
+from tuppence.data.split import VAL_MOST, Asked
 from tuppence.data.tokenizer import load_tokenizer
 from tuppence.errors import Fault, UserError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-REPOSITORY = Path(__file__).parents[1]
-
-
-def tokens_of(prepared: Prepared, split: str) -> np.ndarray[Any, Any]:
-    shards = [open_shard(prepared.folder / s.file) for s in prepared.manifest.of_split(split)]
-    return np.concatenate([np.zeros(0, dtype=np.uint16), *shards])
-
-
-def stream_of(prepared: Prepared) -> list[int]:
-    return [*tokens_of(prepared, "train").tolist(), *tokens_of(prepared, "val").tolist()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+# ---------------------------------------------------------------- counts and ids
 
 
 def test_shakespeare_char_is_nanogpts(tmp_path: Path) -> None:
     text = asset("shakespeare.txt").read_text(encoding="utf-8")
     ids = {c: i for i, c in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
-    made = prepare(source="shakespeare", tokenizer="char", root=tmp_path)
-    manifest = made.manifest
-    assert tokens_of(made, "train").tolist() == [ids[c] for c in text[:cut]]
-    assert tokens_of(made, "val").tolist() == [ids[c] for c in text[cut:]]
+    prepared = made("shakespeare", tmp_path, tokenizer="char")
+    manifest = prepared.manifest
+    assert tokens_of(prepared, "train") == [ids[c] for c in text[:cut]]
+    assert tokens_of(prepared, "val") == [ids[c] for c in text[cut:]]
     assert (manifest.train_tokens, manifest.val_tokens) == (1_003_854, 111_540)
     assert (manifest.vocab_size, manifest.end_of_text, manifest.documents) == (65, None, 1)
     assert (manifest.bytes, manifest.val_bytes) == (1_115_394, 111_540)
     assert manifest.bytes_per_token == 1.0
     assert [item.path for item in manifest.inputs] == ["shakespeare"]
-    assert made.folder.parent == tmp_path
-    assert made.folder.name == f"shakespeare-char-{manifest.inputs_sha256[:12]}"
-    assert load_tokenizer(made.folder / "tokenizer").sha256 == manifest.tokenizer_sha256
+    assert prepared.folder.parent == tmp_path
+    assert prepared.folder.name == f"shakespeare-char-{manifest.inputs_sha256[:12]}"
+    assert load_tokenizer(prepared.folder / "tokenizer").sha256 == manifest.tokenizer_sha256
 
 
 def test_gpt2_counts_and_ids_are_tiktokens(tmp_path: Path) -> None:
     text = asset("shakespeare.txt").read_text(encoding="utf-8")
     tik = tiktoken.Encoding(
-        "g", pat_str=GPT2_PATTERN, mergeable_ranks=gpt2_ranks(), special_tokens={}
+        "g", pat_str=GPT2_SPLIT.regex, mergeable_ranks=published_ranks("gpt2"), special_tokens={}
     )
-    made = prepare(source="shakespeare", tokenizer="gpt2", root=tmp_path)
-    assert stream_of(made) == [*tik.encode_ordinary(text), 50_256]
-    assert made.manifest.tokens == 338_026
-    assert made.manifest.bytes == 1_115_394
-    val = tokens_of(made, "val").tolist()
-    assert made.manifest.val_bytes == len(tik.decode_bytes(val[:-1]))
+    prepared = made("shakespeare", tmp_path, tokenizer="gpt2")
+    assert stream_of(prepared) == [*tik.encode_ordinary(text), 50_256]
+    assert prepared.manifest.tokens == 338_026
+    assert prepared.manifest.bytes == 1_115_394
+    val = tokens_of(prepared, "val")
+    assert prepared.manifest.val_bytes == len(tik.decode_bytes(val[:-1]))
 
 
-@pytest.mark.parametrize(("tokenizer", "end"), [("char", True), ("byte", True), ("gpt2", True)])
-def test_end_of_text_follows_every_document(tmp_path: Path, tokenizer: str, end: bool) -> None:
-    made = prepare(
-        source=str(write(tmp_path / "c.jsonl", TEXTS)), tokenizer=tokenizer, root=tmp_path
-    )
-    stream = stream_of(made)
-    eot = made.manifest.end_of_text
-    assert eot is not None
-    assert made.manifest.documents == stream.count(eot) == len(TEXTS)
-    assert stream[-1] == eot
-    loaded = load_tokenizer(made.folder / "tokenizer")
-    texts, held = [], []
-    for token in stream:
-        held.append(token)
-        if token == eot:
-            texts.append(loaded.decode(held))
-            held = []
-    assert texts == TEXTS
-    assert made.manifest.bytes == sum(len(text.encode()) for text in TEXTS)
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_end_of_text_follows_every_document(tmp_path: Path, tokenizer: str) -> None:
+    path = write(tmp_path / "c.jsonl", TEXTS)
+    prepared = made(path, tmp_path, tokenizer=tokenizer, seed=None)
+    assert documents_of(prepared) == TEXTS
+    assert prepared.manifest.documents == len(TEXTS)
+    assert prepared.manifest.bytes == sum(len(text.encode()) for text in TEXTS)
 
 
 def test_formats_and_packings_give_the_same_tokens(tmp_path: Path) -> None:
     expected = None
     for kind, packing in itertools.product(("jsonl", "parquet"), ("", ".gz", ".xz", ".zst")):
         path = write(tmp_path / f"corpus.{kind}{packing}", TEXTS)
-        made = prepare(source=str(path), tokenizer="gpt2", root=tmp_path / "out", val_tokens=5)
-        hashes = [shard.sha256 for shard in made.manifest.shards]
-        assert expected in (None, hashes)
-        expected = hashes
-    plain = write(tmp_path / "t.txt", TEXTS)
-    packed = [write(tmp_path / f"t.txt.{packing}", TEXTS) for packing in ("gz", "xz", "zst")]
-    streams = [
-        stream_of(prepare(source=str(path), tokenizer="gpt2", root=tmp_path / "out"))
-        for path in (plain, *packed)
-    ]
+        prepared = made(path, tmp_path / "out", tokenizer="gpt2", val_tokens=5)
+        assert expected in (None, hashes(prepared))
+        expected = hashes(prepared)
+    packed = [write(tmp_path / f"t.txt{packing}", TEXTS) for packing in ("", ".gz", ".xz", ".zst")]
+    streams = [stream_of(made(path, tmp_path / "out", tokenizer="gpt2")) for path in packed]
     assert all(stream == streams[0] for stream in streams)
 
 
 def test_shards_roll_and_the_tail_crosses_them(tmp_path: Path) -> None:
-    whole = prepare(source="shakespeare", tokenizer="gpt2", root=tmp_path / "a")
-    parts = prepare(
-        source="shakespeare", tokenizer="gpt2", root=tmp_path / "b", shard_tokens=25_000
-    )
+    whole = made("shakespeare", tmp_path / "a", tokenizer="gpt2")
+    parts = made("shakespeare", tmp_path / "b", tokenizer="gpt2", shard_tokens=25_000)
     assert stream_of(whole) == stream_of(parts)
     sizes = [shard.tokens for shard in parts.manifest.of_split("train")]
     assert sizes[:-1] == [25_000] * 12
@@ -138,147 +120,272 @@ def test_shards_roll_and_the_tail_crosses_them(tmp_path: Path) -> None:
     verify(parts.folder, parts.manifest)
 
 
-@pytest.mark.parametrize("cap", [1, 1000, 65_537, 300_000])
+# ---------------------------------------------------------------- order
+
+
+def test_every_document_once_in_an_order_that_the_seed_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    content = texts(300)
+    path = write(tmp_path / "c.jsonl", content)
+    orders = {}
+    for seed in (None, 0, 1):
+        prepared = made(path, tmp_path, seed=seed)
+        orders[seed] = documents_of(prepared)
+        assert prepared.manifest.seed == seed
+        assert Counter(orders[seed]) == Counter(content)
+        assert prepared.manifest.documents == 300
+    assert orders[None] == content
+    assert orders[0] != content
+    assert orders[0] != orders[1]
+    assert documents_of(made(path, tmp_path / "again", seed=1)) == orders[1]
+    # a window's documents stay in their window: no document goes far
+    far = max(abs(orders[0].index(text) - i) for i, text in enumerate(content))
+    assert 1 < far < 20
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c.jsonl.zst"])
+def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    shrink(monkeypatch)
+    path = write(tmp_path / name, texts(200))
+    counts = (1, 2, 4) if name == "c.jsonl" else (1, 2)
+    one, *others = [
+        made(path, tmp_path / str(workers), workers=workers, shard_tokens=1000)
+        for workers in counts
+    ]
+    assert len(one.manifest.shards) > 10
+    for other in others:
+        assert contents(other.folder) == contents(one.folder)
+
+
+# ---------------------------------------------------------------- split and caps
+
+
+def test_the_split_of_many_documents() -> None:
+    def split(tokens: int, **asked: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        defaults: dict[str, Any] = {"max_tokens": None, "val_tokens": None, "source_bytes": 5000}
+        found = Asked(**defaults | asked, single=False).split(tokens)
+        return found.val, found.train
+
+    assert split(1500) == ((0, 100), (100, 1500))
+    assert split(600) == ((0, 60), (60, 600))  # never more than a tenth
+    assert split(10**9, source_bytes=10**12)[0] == (0, VAL_MOST)
+    assert split(1500, val_tokens=7) == ((0, 7), (7, 1500))
+    assert split(1500, max_tokens=300) == ((0, 100), (100, 400))
+    assert split(400, max_tokens=300) == ((0, 100), (100, 400))
+    assert split(450, max_tokens=300) == ((0, 100), (100, 400))  # a window more than was wanted
+    assert split(1500, max_tokens=5) == ((0, 100), (100, 105))  # whatever the cap
+    assert split(1500, max_tokens=300, val_tokens=7) == ((0, 7), (7, 307))
+    with pytest.raises(UserError, match=r"val_tokens 751 is more than half of the 1,500"):
+        split(1500, val_tokens=751)
+
+
+def test_the_split_of_one_text() -> None:
+    def split(tokens: int, **asked: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        defaults: dict[str, Any] = {"max_tokens": None, "val_tokens": None, "source_bytes": 5000}
+        found = Asked(**defaults | asked, single=True).split(tokens)
+        return found.train, found.val
+
+    assert split(1005) == ((0, 904), (904, 1005))
+    assert split(1005, val_tokens=5) == ((0, 1000), (1000, 1005))
+    assert split(1005, max_tokens=300) == ((0, 300), (904, 1005))
+    assert split(1005, max_tokens=2000) == ((0, 904), (904, 1005))
+    assert split(10**9)[1] == (10**9 - VAL_MOST, 10**9)
+
+
+def test_val_is_the_first_of_many_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    path = write(tmp_path / "c.jsonl", texts(300))
+    prepared = made(path, tmp_path, val_tokens=1234)
+    assert prepared.manifest.val_tokens == 1234
+    assert tokens_of(prepared, "val") == stream_of(prepared)[:1234]
+    assert Counter(documents_of(prepared)) == Counter(texts(300))
+    assert "first 1,234 of the stream" in prepared.manifest.split_rule
+    half = path.stat().st_size // 50
+    assert made(path, tmp_path).manifest.val_tokens == half
+    few = made(write(tmp_path / "few.jsonl", ["ab"] * 30), tmp_path).manifest
+    assert few.val_tokens == 9  # a tenth, which is less than a fiftieth of the file's bytes
+    assert "first 9 of the stream" in few.split_rule
+
+
 @pytest.mark.parametrize("val", [None, 1, 500])
-def test_max_tokens_is_exact(tmp_path: Path, cap: int, val: int | None) -> None:
-    if val is not None and val > cap:
-        pytest.skip("more than half")
-    whole = stream_of(prepare(source="shakespeare", tokenizer="gpt2", root=tmp_path))
-    made = prepare(
-        source="shakespeare", tokenizer="gpt2", root=tmp_path, max_tokens=cap, val_tokens=val
-    )
-    manifest = made.manifest
-    assert manifest.train_tokens == cap
-    expected_val = val if val is not None else -(-cap // 9)
-    assert manifest.val_tokens == expected_val
-    assert manifest.tokens == cap + expected_val
-    assert stream_of(made) == whole[: cap + expected_val]
-    loaded = load_tokenizer(made.folder / "tokenizer")
-    assert manifest.bytes == loaded.token_bytes()[stream_of(made)].sum()
+def test_a_cap_is_exact_and_does_not_move_val(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val: int | None
+) -> None:
+    shrink(monkeypatch)
+    path = write(tmp_path / "c.jsonl", texts(300))
+    whole = made(path, tmp_path, val_tokens=val)
+    stream, end = stream_of(whole), whole.manifest.end_of_text
+    sizes = load_tokenizer(whole.folder / "tokenizer").token_bytes()
+    # the last two: where documents end, and one token behind that
+    ends = [i + 1 for i, token in enumerate(stream) if token == end]
+    in_train = next(i for i in ends if i > 5000) - whole.manifest.val_tokens
+    for cap in (1, 600, 4097, 9000, in_train, in_train + 1):
+        if val is not None and val > cap:
+            continue
+        prepared = made(path, tmp_path, max_tokens=cap, val_tokens=val)
+        manifest = prepared.manifest
+        assert manifest.train_tokens == cap
+        assert manifest.val_tokens == whole.manifest.val_tokens
+        assert manifest.val_sha256 == whole.manifest.val_sha256
+        assert manifest.max_tokens == cap
+        kept = stream[: manifest.val_tokens + cap]
+        assert stream_of(prepared) == kept
+        assert manifest.tokens == len(kept)
+        assert manifest.bytes == int(sizes[kept].sum())
+        # a document counts where it begins
+        assert manifest.documents == kept.count(end) + (kept[-1] != end), cap
+        verify(prepared.folder, manifest)
 
 
-def test_max_tokens_beyond_the_corpus_changes_nothing(tmp_path: Path) -> None:
-    made = prepare(source="shakespeare", tokenizer="char", root=tmp_path, max_tokens=10**9)
-    assert (made.manifest.train_tokens, made.manifest.val_tokens) == (1_003_854, 111_540)
+def test_a_cap_on_one_text_leaves_its_end_for_val(tmp_path: Path) -> None:
+    whole = made("shakespeare", tmp_path, tokenizer="gpt2")
+    for cap in (1, 65_537, 300_000, 304_223):
+        prepared = made("shakespeare", tmp_path, tokenizer="gpt2", max_tokens=cap)
+        assert prepared.manifest.train_tokens == cap
+        assert prepared.manifest.val_sha256 == whole.manifest.val_sha256
+        assert tokens_of(prepared, "train") == tokens_of(whole, "train")[:cap]
+        assert prepared.manifest.documents == 1
+        sizes = load_tokenizer(prepared.folder / "tokenizer").token_bytes()
+        assert prepared.manifest.bytes == int(sizes[stream_of(prepared)].sum())
+    with pytest.raises(UserError, match="more than half of the 338,026"):
+        made("shakespeare", tmp_path, tokenizer="gpt2", val_tokens=200_000)
 
 
-def test_reading_stops_when_enough_was_read(tmp_path: Path) -> None:
+def test_a_cap_beyond_the_corpus_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    for source in ("shakespeare", str(write(tmp_path / "c.jsonl", texts(200)))):
+        whole = made(source, tmp_path, tokenizer="char")
+        capped = made(source, tmp_path, tokenizer="char", max_tokens=10**9)
+        assert hashes(capped) == hashes(whole)
+        assert capped.folder != whole.folder
+
+
+def test_files_sorted_later_do_not_move_val(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        write(folder / f"{number}.jsonl", texts(100, seed=number))
+    few = made(folder, tmp_path / "out", val_tokens=4000).manifest
+    write(folder / "3.parquet", texts(100, seed=3))
+    write(folder / "4.jsonl.gz", texts(100, seed=4))
+    more = made(folder, tmp_path / "out", val_tokens=4000).manifest
+    assert more.val_sha256 == few.val_sha256
+    assert more.documents == few.documents + 200
+    assert more.inputs_sha256 != few.inputs_sha256
+
+
+def test_reading_stops_when_enough_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What lies behind the cap is not even looked at: here it is not JSON."""
-    rows = [json.dumps({"text": "word " * 20_000})] * 400
-    (tmp_path / "c.jsonl").write_text("\n".join([*rows, "not json"]))
-    with pytest.raises(UserError, match="line 401 is not JSON"):
-        prepare(source=str(tmp_path / "c.jsonl"), tokenizer="byte", root=tmp_path)
-    made = prepare(
-        source=str(tmp_path / "c.jsonl"), tokenizer="byte", root=tmp_path, max_tokens=150_000
-    )
-    assert made.manifest.train_tokens == 150_000
-    assert made.manifest.documents == 2
+    shrink(monkeypatch)
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(write(path, texts(300)).read_bytes() + b"not json\n")
+    with pytest.raises(UserError, match=r"c\.jsonl: the line at byte [\d,]+ is not JSON"):
+        made(path, tmp_path)
+    prepared = made(path, tmp_path, max_tokens=2000)
+    assert prepared.manifest.train_tokens == 2000
+    assert not prepared.manifest.bad
 
 
-def test_documents_split_by_a_cap_are_counted_where_they_begin(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.jsonl", ["abcd"] * 10)
-    for cap, documents in ((4, 1), (5, 2), (9, 2), (10, 3)):
-        made = prepare(
-            source=str(path), tokenizer="byte", root=tmp_path, max_tokens=cap, val_tokens=1
-        )
-        assert made.manifest.documents == documents, cap
+# ---------------------------------------------------------------- again, and at once
 
 
 def test_reuse_and_fresh(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", TEXTS)
 
-    def ask(**options: Any) -> Prepared:
-        defaults: dict[str, Any] = {"source": str(path), "tokenizer": "byte", "root": tmp_path}
-        return prepare(**defaults | options)
+    def ask(*, fresh: bool = False, **asked: Any) -> Prepared:
+        source, tokenizer = asked.pop("source", path), asked.pop("tokenizer", "byte")
+        return prepare(
+            source=str(source),
+            tokenizer=tokenizer,
+            root=tmp_path,
+            options=Options(**asked),
+            fresh=fresh,
+        )
 
     first = ask()
     assert not first.reused
     again = ask()
     assert again.reused
     assert again.manifest == first.manifest
-    moved = write(tmp_path / "other.jsonl", TEXTS)
     before = contents(first.folder)
-    fresh = ask(fresh=True)
-    assert not fresh.reused
-    assert fresh.folder == first.folder
-    assert contents(fresh.folder) == before
+    (first.folder / "train_000000.bin").write_bytes(b"spoiled")
+    made_anew = ask(fresh=True)
+    assert not made_anew.reused
+    assert made_anew.folder == first.folder
+    assert contents(made_anew.folder) == before
     keys = {first.manifest.inputs_sha256}
-    for options in (
+    for asked in (
         {"tokenizer": "char"},
         {"tokenizer": "char:" + "".join(sorted(set("".join(TEXTS))))},
         {"max_tokens": 40},
         {"val_tokens": 7},
         {"shard_tokens": 50},
-        {"source": str(write(tmp_path / "more.jsonl", [*TEXTS, "x"]))},
+        {"seed": 1},
+        {"seed": None},
+        {"dedup": "exact"},
+        {"source": write(tmp_path / "more.jsonl", [*TEXTS, "x"])},
     ):
-        keys.add(ask(**options).manifest.inputs_sha256)
-    assert len(keys) == 7
-    assert ask(source=str(moved)).manifest.inputs_sha256 == first.manifest.inputs_sha256
+        keys.add(ask(**asked).manifest.inputs_sha256)
+    assert len(keys) == 10
+    moved = write(tmp_path / "other.jsonl", TEXTS)
+    assert ask(source=moved).manifest.inputs_sha256 == first.manifest.inputs_sha256
+    for asked in ({"workers": 2}, {"on_bad": "skip"}):
+        assert ask(**asked).reused
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    made = prepare(source="shakespeare", tokenizer="gpt2", root=tmp_path, on_progress=seen.append)
-    tokenizing = [progress for progress in seen if progress.phase == "tokenizing"]
-    assert len(tokenizing) > 2
-    assert tokenizing[-1].tokens == made.manifest.tokens
-    assert tokenizing[-1].done_bytes == tokenizing[-1].total_bytes == 1_115_394
-    assert [p.tokens for p in tokenizing] == sorted(p.tokens for p in tokenizing)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tuppence.data.prepare import prepare
-source, root, phase, turns = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-def on_progress(progress):
-    global turns
-    turns -= progress.phase.startswith(phase)
-    if turns == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-prepare(source=source, tokenizer="gpt2", root=root, shard_tokens=60_000, on_progress=on_progress)
-"""
-
-
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
+    prepared = prepare(
+        source="shakespeare", tokenizer="gpt2", root=tmp_path, on_progress=seen.append
     )
+    tokenizing = [progress for progress in seen if progress.phase == "tokenizing"]
+    assert tokenizing[-1].tokens == prepared.manifest.tokens
+    assert tokenizing[-1].done_bytes == tokenizing[-1].total_bytes == 1_115_394
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-def test_kill_9_then_again_equals_uninterrupted(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"source": "shakespeare", "tokenizer": "gpt2", "shard_tokens": 60_000}
-    expected = prepare(root=tmp_path / "whole", **options)
-    root = tmp_path / "killed"
-    for phase, turns in (("tokenizing", 1), ("tokenizing", 4), ("cutting", 1)):
-        child = start(KILLED, "shakespeare", root, phase, turns)
-        child.communicate()
-        assert child.returncode == -signal.SIGKILL
-        assert not (root / expected.folder.name).exists()
-        (partial,) = root.glob("*.partial")
-        (partial / "train_000099.bin").write_bytes(b"left over")
-    phases: list[str] = []
-    again = prepare(root=root, on_progress=lambda p: phases.append(p.phase), **options)
-    assert any("interrupted" in phase for phase in phases)
-    assert contents(again.folder) == contents(expected.folder)
-    assert not list(root.glob("*.partial"))
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_progress_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    shrink(monkeypatch)
+    path, seen = write(tmp_path / name, texts(300)), list[Progress]()
+    prepare(source=str(path), tokenizer="byte", root=tmp_path, on_progress=seen.append)
+    tokenizing = [progress for progress in seen if progress.phase == "tokenizing"]
+    assert len(tokenizing) > 5
+    for first, second in itertools.pairwise(tokenizing):
+        assert first.done_bytes <= second.done_bytes
+        assert first.tokens < second.tokens
+    assert tokenizing[-1].done_bytes == tokenizing[-1].total_bytes
 
 
 TWO = """
 import sys
 from pathlib import Path
 from tuppence.data.prepare import prepare
-print(prepare(source="shakespeare", tokenizer="gpt2", root=Path(sys.argv[1])).reused)
+print(prepare(source="shakespeare", tokenizer="byte", root=Path(sys.argv[1])).reused)
 """
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    children = [start(TWO, tmp_path) for _ in range(3)]
-    said = [child.communicate()[0].strip() for child in children]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for _ in range(3)
+    ]
+    said = [running.communicate()[0].strip() for running in children]
     assert sorted(said) == ["False", "True", "True"]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     verify(folder, load_manifest(folder))
@@ -310,6 +417,9 @@ def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
     first.join()
     assert second.reused
     assert any(phase.startswith("waiting") for phase in phases)
+
+
+# ---------------------------------------------------------------- damage
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
@@ -398,38 +508,35 @@ def test_shard_format_of_the_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("asked", "says"),
     [
         ({"max_tokens": 0}, "data.max_tokens is 0"),
         ({"val_tokens": 0}, "data.val_tokens is 0"),
         ({"val_tokens": 700_000}, "more than half of the 1,115,395 tokens.*at most 557,697"),
-        ({"val_tokens": 300, "max_tokens": 100}, "more than half of the 400"),
         ({"shard_tokens": 0}, "shard_tokens is 0"),
+        ({"rank": 3, "world": 3}, "rank 3 of 3: ranks are 0 to 2"),
         ({"tokenizer": "gtp2"}, "did you mean gpt2"),
-        ({"tokenizer": "char:abc"}, "'F' at document 1, character 1 is not among"),
+        ({"tokenizer": "char:abc"}, "'F' at shakespeare, character 1 is not among"),
         ({"source": "shakspeare"}, "did you mean shakespeare"),
     ],
 )
-def test_bad_options(tmp_path: Path, options: dict[str, Any], says: str) -> None:
-    defaults: dict[str, Any] = {"source": "shakespeare", "tokenizer": "byte", "root": tmp_path}
+def test_bad_options(tmp_path: Path, asked: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
-        prepare(**defaults | options)
+        made(asked.pop("source", "shakespeare"), tmp_path, **{"tokenizer": "byte"} | asked)
     assert "\n" not in str(caught.value)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-def test_a_stranger_is_named_with_its_place(tmp_path: Path) -> None:
-    texts = ["abc", "a" * 600_000 + "!", "c"]  # the stranger sits in a later piece of its document
-    path = write(tmp_path / "c.jsonl", texts)
-    with pytest.raises(UserError, match="'!' at document 2, character 600,001 is not among"):
-        prepare(source=str(path), tokenizer="char:abc", root=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".partial" and path.is_dir()]
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_empty_corpus(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "empty.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="empty"):
-        prepare(source=str(tmp_path / "empty.txt"), tokenizer=tokenizer, root=tmp_path)
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+        for on_bad in ("refuse", "skip"):
+            with pytest.raises(UserError, match="empty"):
+                made(tmp_path / name, tmp_path, tokenizer=tokenizer, on_bad=on_bad)
+
+
+# ---------------------------------------------------------------- a look beforehand
 
 
 def test_survey_is_exact_for_small_corpora(tmp_path: Path) -> None:
@@ -438,40 +545,36 @@ def test_survey_is_exact_for_small_corpora(tmp_path: Path) -> None:
         assert (found.bytes, found.documents) == (1_115_394, 1)
         assert (found.tokens, found.vocab_size, found.exact) == (tokens, vocab, True)
     path = write(tmp_path / "c.jsonl", TEXTS)
-    made = prepare(source=str(path), tokenizer="byte", root=tmp_path).manifest
+    manifest = made(path, tmp_path).manifest
     found = survey(source=str(path), tokenizer="byte")
-    assert (found.bytes, found.documents, found.tokens) == (made.bytes, made.documents, made.tokens)
+    assert found.bytes == manifest.bytes
+    assert found.documents == manifest.documents
+    assert found.tokens == manifest.tokens
 
 
 def test_survey_of_bpe_is_near(tmp_path: Path) -> None:
-    made = prepare(source="shakespeare", tokenizer="bpe:1024", root=tmp_path).manifest
-    assert made.vocab_size == 1024
+    manifest = made("shakespeare", tmp_path, tokenizer="bpe:1024").manifest
+    assert manifest.vocab_size == 1024
     found = survey(source="shakespeare", tokenizer="bpe:1024")
     assert not found.exact
-    assert 0.7 < found.tokens / made.tokens < 1.4
+    assert 0.7 < found.tokens / manifest.tokens < 1.4
 
 
-# VmHWM and not ru_maxrss, which a child inherits from the process that started it
-RSS = """
-import sys
-from pathlib import Path
-from tuppence.data.prepare import prepare
-prepare(source=sys.argv[1], tokenizer=sys.argv[2], root=Path(sys.argv[3]), val_tokens=1000)
-assert "torch" not in sys.modules
-for line in open("/proc/self/status"):
-    if line.startswith("VmHWM"):
-        print(line.split()[1])
-"""
+# ---------------------------------------------------------------- size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_is_flat_as_the_corpus_grows(tmp_path: Path) -> None:
-    text = asset("shakespeare.txt").read_bytes()
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_memory_is_flat_as_the_corpus_grows(tmp_path: Path, kind: str) -> None:
+    text = asset("shakespeare.txt").read_text(encoding="utf-8")
+    lines = "".join(json.dumps({"text": text[i : i + 5000]}) + "\n" for i in range(0, 10**6, 5000))
     peaks = []
-    for copies in (8, 56):
-        path = tmp_path / f"{copies}.txt"
-        path.write_bytes(text * copies)
-        peaks.append(int(start(RSS, path, "byte", tmp_path).communicate()[0]) / 1024)
+    for copies in (16, 48):
+        path = tmp_path / f"{copies}.{kind}"
+        path.write_text((text if kind == "txt" else lines) * copies)
+        small = {"slices.SLICE_BYTES": 1 << 22, "windows.WINDOW_BYTES": 1 << 21}
+        running = child(path, tmp_path, constants=small, workers=1, shard_tokens=1 << 22)
+        peaks.append(peak_mib(running))
     assert peaks[1] < peaks[0] + 25, peaks
     assert peaks[1] < 200
 
@@ -482,7 +585,7 @@ def test_fifty_megabytes_of_books(tmp_path: Path) -> None:
     path = SHARED / "corpora" / "books_50mb.jsonl.xz"
     if not path.exists():
         pytest.skip("needs shared/data/corpora/books_50mb.jsonl.xz")
-    peak = int(start(RSS, path, "gpt2", tmp_path).communicate()[0]) / 1024
+    peak = peak_mib(child(path, tmp_path, tokenizer="gpt2"))
     (folder,) = (item for item in tmp_path.iterdir() if item.is_dir())
     manifest = load_manifest(folder)
     assert manifest.tokens == 11_876_734 + 98

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
-import lzma
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_corpora import hashes, jsonl, made, pack
 
 from tuppence import store
 from tuppence.data import remote
@@ -50,10 +49,6 @@ def parquet(texts: list[str], rows: int = 100) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def jsonl(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-
-
 PARQUET = parquet(TEXTS)
 
 
@@ -61,11 +56,21 @@ def read(source: str) -> list[str]:
     return [document.text for document in documents(find_files(source))]
 
 
+def length(asked: str | None) -> int:
+    """Of a range as a header has it."""
+    first, last = (asked or "").removeprefix("bytes=").split("-")
+    return int(last) + 1 - int(first)
+
+
+def reading_ahead() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "read-ahead" in thread.name]
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
     """No thread of a read outlives it."""
     yield
-    assert [t.name for t in threading.enumerate() if "read-ahead" in t.name] == []
+    assert reading_ahead() == []
 
 
 # ---------------------------------------------------------------- a dataset of the Hub
@@ -86,6 +91,18 @@ def test_a_fault_of_the_network_costs_a_try(hub: Hub, fault: str) -> None:
     hub.faults.extend([fault, fault, "", fault, fault, fault])
     assert read("hf://owner/name") == TEXTS
     assert not hub.faults
+
+
+def test_the_hub_and_the_disk_make_the_same_shards(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/name", {"data/train.parquet": PARQUET})
+    (tmp_path / "train.parquet").write_bytes(PARQUET)
+    hub.faults.extend(["", "drop", "503", "short", "cut"])
+    there = made("hf://owner/name", tmp_path / "a", max_tokens=50_000)
+    here = made(tmp_path / "train.parquet", tmp_path / "b", max_tokens=50_000)
+    assert hashes(there) == hashes(here)
+    assert there.manifest.inputs_sha256 == here.manifest.inputs_sha256
+    (told,) = there.manifest.inputs
+    assert told.path == "hf://datasets/owner/name@" + hub.revisions["main"] + "/data/train.parquet"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -154,10 +171,9 @@ def test_holds_two_blocks_and_one_more_under_way(hub: Hub, monkeypatch: pytest.M
             raw = reader.raw
             assert isinstance(raw, remote._Remote)
             assert len(raw._content) <= 1 << 13
-    lengths = []
-    for each in hub.ranged()[1:]:
-        first, last = (int(n) for n in (each.range or "").removeprefix("bytes=").split("-"))
-        lengths.append(last + 1 - first)
+        assert len(reading_ahead()) == 1
+    assert reading_ahead() == []
+    lengths = [length(each.range) for each in hub.ranged()[1:]]
     assert sum(lengths) == 200_000  # nothing twice
     assert max(lengths) == 1 << 13
     assert sorted(lengths[:5]) == lengths[:5]
@@ -185,13 +201,7 @@ def test_closing_ends_a_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_compressed_streams(hub: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_BYTES", 1 << 12)
     monkeypatch.setattr(remote, "BLOCK_BYTES", 1 << 15)
-    packing = {
-        "gz": gzip.compress,
-        "xz": lzma.compress,
-        "zst": lambda raw: bytes(pyarrow.compress(raw, codec="zstd", asbytes=True)),
-    }
-    pack = packing.get(name.rpartition(".")[2], bytes)
-    hub.web[name] = pack(jsonl(TEXTS[:200]))
+    hub.web[name] = pack(jsonl(TEXTS[:200]), name.rpartition(".")[2])
     hub.faults.extend(["", "drop", "short", "", "cut", "503", "429"])
     assert read(f"{hub.url}/{name}?key=secret") == TEXTS[:200]
     assert find_files(f"{hub.url}/{name}?key=secret")[0].shown == f"{hub.url}/{name}"
@@ -199,10 +209,10 @@ def test_what_is_compressed_streams(hub: Hub, name: str, monkeypatch: pytest.Mon
 
 def test_a_server_without_ranges(hub: Hub) -> None:
     hub.ranges = False
-    hub.web |= {"small.jsonl": jsonl(TEXTS[:20]), "large.parquet": PARQUET}
+    hub.web |= {"small.jsonl": jsonl(TEXTS[:20]), "large.txt": bytes(9 << 20)}
     assert read(f"{hub.url}/small.jsonl") == TEXTS[:20]
-    with pytest.raises(UserError, match=r"large\.parquet cannot be read: .* gives no parts"):
-        find_files(f"{hub.url}/large.parquet")
+    with pytest.raises(UserError, match=r"large\.txt cannot be read: .* gives no parts"):
+        find_files(f"{hub.url}/large.txt")
 
 
 def test_a_file_of_the_web_that_changes(hub: Hub) -> None:
@@ -283,6 +293,22 @@ def test_s3_is_read_again_where_it_failed(s3: str, monkeypatch: pytest.MonkeyPat
         list(documents(found))
 
 
+@pytest.mark.parametrize("fault", ["drop", "short", "cut"])
+def test_what_s3_sends_in_part_is_asked_for_again(
+    hub: Hub, s3: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", hub.url)
+    bucket = f"s3://bucket-of-{fault}"
+    hub.web["train.jsonl"] = jsonl(TEXTS[:500])
+    hub.faults.extend([fault, "", fault, fault])
+    assert read(f"{bucket}/train.jsonl") == TEXTS[:500]
+    assert not hub.faults
+    (file,) = find_files(f"{bucket}/train.jsonl")
+    hub.web["train.jsonl"] = jsonl(TEXTS[1:501])
+    with pytest.raises(Fault, match=r"train\.jsonl is not what it was"):
+        list(documents([file]))
+
+
 def test_a_bucket_that_is_not_there(s3: str) -> None:
     bucket = s3.split("/")[2]
     with pytest.raises(UserError, match=f"there is no bucket {bucket}0"):
@@ -301,8 +327,7 @@ def test_a_survey_reads_little(hub: Hub) -> None:
     fetched = 0
     for each in hub.ranged():
         if each.path.startswith("/cdn"):
-            first, last = (int(n) for n in (each.range or "").removeprefix("bytes=").split("-"))
-            fetched += last + 1 - first
+            fetched += length(each.range)
     assert not found.exact
     assert found.source_bytes == len(large)
     assert found.bytes == pytest.approx(sum(map(len, texts_of(12_000))), rel=0.3)

@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from small_corpora import TEXTS, pack, write
 
-from tuppence.data.formats import Meter
+from tuppence.data import reading
+from tuppence.data.documents import Bad, documents_of
+from tuppence.data.formats import Meter, read_items
+from tuppence.data.inputs import kind_of
 from tuppence.data.pieces import Piece, recut
-from tuppence.data.sources import (
-    asset,
-    documents,
-    find_files,
-    has_one_document,
-    read_pieces,
-    slug_of,
-)
+from tuppence.data.reading import has_one_document
+from tuppence.data.slices import Part
+from tuppence.data.sources import asset, find_files, slug_of, source_bytes
 from tuppence.errors import UserError
 
-TEXTS = ["One small document.\n", "Zwölf Boxkämpfer jagen Viktor\n\n  quer", "", "日本語 😀 end"]
 
-
-def pack(content: bytes, compression: str) -> bytes:
-    if compression == "gz":
-        return gzip.compress(content)
-    if compression == "xz":
-        return lzma.compress(content)
-    if compression == "zst":
-        return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-    return content
-
-
-def write(path: Path, texts: list[str], *, field: str = "text") -> Path:
-    """Documents in the format and packing that the name asks for."""
-    kind, _, compression = path.name.partition(".")[2].partition(".")
-    if kind == "parquet":
-        sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), field: texts}), sink)
-        content = sink.getvalue().to_pybytes()
-    elif kind == "jsonl":
-        rows = [json.dumps({"id": i, field: text}) for i, text in enumerate(texts)]
-        content = "\n".join(rows).encode()
-    else:
-        content = "".join(texts).encode()
-    path.write_bytes(pack(content, compression))
-    return path
+def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
+    """Every document as one string. Raises UserError at the first that is broken."""
+    held = ""
+    found = find_files(source)
+    for number, file in enumerate(found):
+        items = read_items(file, Part(number), text_field=text_field, meter=Meter())
+        for document in documents_of(list(items), found, text_field=text_field):
+            if isinstance(document, Bad):
+                raise UserError(document.message)
+            held += document.text
+            if document.last:
+                yield held
+                held = ""
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".zst"])
@@ -62,9 +44,9 @@ def test_formats(tmp_path: Path, kind: str, compression: str) -> None:
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".zst"])
 def test_large_txt_is_streamed(tmp_path: Path, compression: str) -> None:
-    text = "naïve café 日本 " * 200_000  # several blocks, characters across their borders
+    text = "naïve café 日本 " * 300_000  # several blocks, characters across their borders
     path = write(tmp_path / f"corpus.txt{compression}", [text])
-    pieces = list(read_pieces(find_files(str(path))))
+    pieces = list(reading.documents(find_files(str(path))))
     assert len(pieces) > 3
     assert max(len(piece.text) for piece in pieces) <= 1 << 20
     assert "".join(piece.text for piece in pieces) == text
@@ -114,13 +96,12 @@ def test_one_document(tmp_path: Path) -> None:
 def test_meter_counts_files_on_disk(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl.xz", TEXTS * 100)
     meter = Meter()
-    reading = read_pieces(find_files(str(path)), meter=meter)
-    next(reading)
-    assert 0 < meter.done_bytes <= path.stat().st_size
-    del reading
+    found = find_files(str(path))
+    for text in reading.documents(found, meter=meter):
+        assert text
+        assert 0 < meter.done_bytes <= path.stat().st_size
     assert meter.reading is None
-    list(read_pieces(find_files(str(path)), meter=meter))
-    assert meter.done_bytes == path.stat().st_size
+    assert meter.done_bytes == path.stat().st_size == source_bytes(found)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +111,46 @@ def test_meter_counts_files_on_disk(tmp_path: Path) -> None:
         ("a/books_50mb.jsonl.xz", "books_50mb"),
         ("data/*.parquet", "corpus"),
         ("x y.txt,b.txt", "x-y-and-1-more"),
+        ("web.json.gz", "web"),
+        ("fineweb_10bt", "fineweb_10bt"),
+        ("hf://HuggingFaceFW/fineweb@9bb295d/sample/10BT", "fineweb-sample-10BT"),
+        ("hf://datasets/owner/name@refs/convert/parquet/*.parquet", "name"),
+        ("s3://bucket/folder/*.parquet", "folder"),
+        ("https://host/a/books.jsonl.gz?key=secret", "books"),
     ],
 )
 def test_slug(source: str, slug: str) -> None:
     assert slug_of(source) == slug
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.TXT", ("txt", "")),
+        ("a.jsonl.zst", ("jsonl", "zst")),
+        ("a.json", ("jsonl", "")),
+        ("c4-train.00000-of-01024.json.gz", ("jsonl", "gz")),
+        ("a.parquet.xz", ("parquet", "xz")),
+        ("a.csv", None),
+        ("a.gz", None),
+        ("txt", None),
+    ],
+)
+def test_kinds(name: str, kind: tuple[str, str] | None) -> None:
+    assert kind_of(name) == kind
+
+
+def test_json_beside_texts_tells_about_them(tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text('{"made": "today"}')
+    write(tmp_path / "a.jsonl.gz", ["other"]).rename(tmp_path / "a.json.gz")
+    with pytest.raises(UserError, match=r"about\.json.*'text' is missing"):
+        list(documents(f"{tmp_path}/about.json"))
+    assert [Path(file.path).name for file in find_files(str(tmp_path))] == [
+        "a.json.gz",
+        "about.json",
+    ]
+    write(tmp_path / "b.jsonl", ["text"])
+    assert list(documents(str(tmp_path))) == ["text"]
 
 
 def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -157,6 +174,7 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
         (folder / f"short.txt.{packing}").write_bytes(whole[: len(whole) * 2 // 3])
         yield packing, f"{folder}/short.txt.{packing}", [f"short.txt.{packing}", "truncated"]
     yield "near name", "shakespear", ["no such file", "did you mean shakespeare?"]
+    yield "of the Hub", "Skylion007/openwebtext", ["did you mean hf://Skylion007/openwebtext?"]
     yield "near file", f"{folder}/book.jsonl", ["did you mean", "books.jsonl"]
     yield "empty source", "", ["data.source is empty", "shakespeare"]
     yield "glob", f"{folder}/*.parquet.gz", ["no files match"]
@@ -164,10 +182,10 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     yield "empty folder", f"{folder}/empty", ["no files of a known kind"]
     yield "txt utf-8", f"{folder}/latin.txt", ["latin.txt", "not UTF-8", "byte 1,048,579", "0xe9"]
     yield "txt end", f"{folder}/cut.txt", ["cut.txt", "byte 2", "0xe6"]
-    yield "jsonl utf-8", f"{folder}/latin.jsonl", ["latin.jsonl", "line 2", "byte 13 of the line"]
+    yield "jsonl utf-8", f"{folder}/latin.jsonl", ["latin.jsonl", "line 2", "not UTF-8", "byte 13"]
     yield "json", f"{folder}/broken.jsonl", ["broken.jsonl", "line 2 is not JSON"]
     yield "not an object", f"{folder}/list.jsonl", ["line 3 holds a list, not an object"]
-    yield "field", f"{folder}/field.jsonl", ["line 2", "no field 'text'", "title, body"]
+    yield "field", f"{folder}/field.jsonl", ["line 2", "'text' is missing", "title, body"]
     yield "null", f"{folder}/null.jsonl", ["line 2", "'text' is null, not a string"]
     yield "surrogate", f"{folder}/half.jsonl", ["line 2", "half a surrogate pair"]
     yield (
@@ -210,5 +228,6 @@ def test_recut_does_not_depend_on_how_text_arrives(cut: str) -> None:
         assert len(whole) > 60
         assert all(text[p.offset : p.offset + len(p.text)] == p.text for p in whole)
     if cut == "before_space":
-        starts = [piece for piece in whole if piece.offset]
-        assert all(p.text[0] in " \n" and not text[p.offset - 1].isspace() for p in starts)
+        borders = [(text[piece.offset - 1], piece.text[0]) for piece in whole if piece.offset]
+        assert not any(before.isspace() for before, _ in borders)
+        assert all(after == " " or before.isalpha() > after.isalpha() for before, after in borders)

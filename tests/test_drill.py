@@ -9,33 +9,41 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from checkpoints import save
 from families import on_one_thread
+from forked import Forked, command
+from known import know_this_machine
 from small_runs import DEPTH, GPT2, WORDS
 
 from tuppence import checkpoint, config, drill, recipes
-from tuppence.config import Run
-from tuppence.drill import acts, scene
+from tuppence.config import DataPlan, Run
+from tuppence.drill import acts, processes, scene
 from tuppence.drill.processes import Processes, last_step
 from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 from tuppence.pipeline import asked
+from tuppence.plan.hardware import Calibration
 
 one_thread = pytest.fixture(scope="module", autouse=True)(on_one_thread)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(
+    tmp_path_factory: pytest.TempPathFactory, calibration: Calibration, data_plan: DataPlan
+) -> Path:
     """A folder with a finished run in runs/small and its shards in data/."""
     place = tmp_path_factory.mktemp("drill")
     words = [w for w in WORDS if not w.startswith(("data.", "train.sample"))]
-    command = [sys.executable, "-m", "tuppence", "train", "shakespeare", "name=small", *words]
-    done = subprocess.run(
-        [*command, *DEPTH], cwd=place, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["name=small", *words, *DEPTH]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        know_this_machine(calibration, data_plan, [words])
+        done = Forked(command, ["train", "shakespeare", *words], cwd=place)
+    assert done.wait() == 0, done.communicate()
     return place
 
 
@@ -60,7 +68,7 @@ def checkpoint_of(folder: RunFolder, step: int, *, value: float = 1.0) -> Path:
     fields = {"step": step, "losses": (), "norms": (), "tokens_sha": "", "progress": 0.5}
     known = {f.name: fields.get(f.name, 0) for f in dataclasses.fields(checkpoint.State)}
     state = checkpoint.State(**{**known, "finished": False, "evaluation_due": False})
-    checkpoint.save(folder, model, (), state)
+    save(folder, model, (), state)
     return folder.checkpoints / checkpoint.name_of(step)
 
 
@@ -213,11 +221,32 @@ class Told(list[str]):
         self.append(text)
 
 
+class Started:
+    """The drill's processes: the first as they are, those that follow forked, which costs less."""
+
+    STDOUT, DEVNULL = subprocess.STDOUT, subprocess.DEVNULL
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def Popen(
+        self, argv: list[str], *, stdout: BinaryIO, preexec_fn: Any, **options: Any
+    ) -> Forked | subprocess.Popen[bytes]:
+        self.count += 1
+        if self.count == 1:
+            return subprocess.Popen(argv, stdout=stdout, preexec_fn=preexec_fn, **options)
+        python, m, name, *words = argv
+        assert (python, m, name) == (sys.executable, "-m", "tuppence")
+        log = Path(stdout.name)
+        return Forked(command, words, env=options["env"], out=log, err=log, before=preexec_fn)
+
+
 @pytest.fixture(scope="module")
 def drilled(place: Path) -> dict[str, object]:
     run, said = RunFolder(place / "runs/small"), Told()
     before = content(place)
-    with drill.workplace(run, keep=False) as work:
+    with drill.workplace(run, keep=False) as work, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", Started())
         told = drill.drill(run, work=work, say=said, steps=20, kills=2)
     return {**told, "said": said, "untouched": content(place) == before}
 

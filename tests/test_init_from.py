@@ -17,7 +17,7 @@ from families import SMALL, built, model_plan
 from safetensors.torch import save_file
 from small_runs import DEPTH, GPT2, LOOPED, WORDS, best_model, finished, text_ids
 
-from tuppence import cli, config, host, origin, pipeline, spending
+from tuppence import cli, config, host, origin, pipeline, planning, spending
 from tuppence.config import DataPlan, InitPlan, Model, Plan, Run, Train
 from tuppence.data.loader import Loader
 from tuppence.data.prepare import prepare
@@ -79,7 +79,8 @@ def tuppence(
     monkeypatch.setattr(pipeline, "device_of", lambda run: "cpu")
     known = [calibration, None]
     solved = pipeline._solved
-    monkeypatch.setattr(spending, "solved", lambda run, data, **_: solved(run, data, *known))
+    for module in (spending, planning):
+        monkeypatch.setattr(module, "solved", lambda run, data, **_: solved(run, data, *known))
 
     def tuppence(*words: str) -> tuple[int, dict[str, Any], str]:
         code = cli.main([*words, "--json", "--data", str(shards.parent)])

@@ -19,6 +19,7 @@ LAYERS = {
     4: ["train", "report"],
     5: [
         "environment",
+        "corpus",
         "pipeline",
         "spending",
         "planning",

@@ -121,13 +121,13 @@ def test_a_cache_in_parts() -> None:
 @pytest.mark.parametrize("variant", ["gpt2", "depth", "looped", "looped routed"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_cached_generation_is_the_naive_one(variant: str, temperature: float) -> None:
-    """Of twenty prompts of every length, to the context's end and twice as far beyond."""
+    """Of ten prompts of every length, to the context's end and twice as far beyond."""
     model = shaken(plan_of(variant, sequence_len=8))
     workers = Workers(model, count=1, device="cpu", precision="fp32")
     generator = torch.Generator().manual_seed(7)
     said = set()
-    for number in range(20):
-        prompt = torch.randint(50, (1 + number // 2,), generator=generator).tolist()
+    for number in range(10):
+        prompt = torch.randint(50, (1 + number,), generator=generator).tolist()
         ways = [
             evals.generate(
                 workers,
@@ -145,7 +145,7 @@ def test_cached_generation_is_the_naive_one(variant: str, temperature: float) ->
         assert ways[0][: len(prompt)] == prompt
         assert len(ways[0]) == len(prompt) + 22
         said.add(tuple(ways[0][len(prompt) :]))
-    assert len(said) > 10
+    assert len(said) > 5
 
 
 def test_the_window_slides_by_quarters() -> None:

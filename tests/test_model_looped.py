@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from families import LOOP, SMALL, built, model_plan, on_one_thread, shaken
+from forked import Forked
 from textbook import looped as textbook
 from torch import Tensor
 
@@ -158,12 +157,12 @@ def rank_trains(rank: int, world: int, folder: str) -> None:
         np.save(Path(folder, f"seen_{world}.npy"), seen)
     if world > 1:
         dist.barrier()
-        os._exit(0)  # gloo's threads do not always survive an orderly end
 
 
 def test_two_processes_draw_and_learn_alike(tmp_path: Path) -> None:
     """Real processes, over gloo: the same r on both, and the losses of one process."""
-    mp.spawn(rank_trains, args=(2, str(tmp_path)), nprocs=2)
+    ranks = [Forked(rank_trains, rank, 2, str(tmp_path)) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
     rank_trains(0, 1, str(tmp_path))
     two, one = (np.load(tmp_path / f"seen_{world}.npy") for world in (2, 1))
     assert (two[:, 1] == two[:, 2]).all()

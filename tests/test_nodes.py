@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from known import know_this_machine
+
+from tuppence.config import DataPlan
+from tuppence.plan.hardware import Calibration
 
 CAN = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
 pytestmark = [
@@ -20,10 +24,10 @@ pytestmark = [
 ]
 ADDRESS = {"a": "10.77.31.1", "b": "10.77.31.2"}
 WORDS = [
-    *("train", "shakespeare", "name=two", "budget.steps=300", "machine.usd_per_hour=1"),
+    *("train", "shakespeare", "name=two", "budget.steps=200", "machine.usd_per_hour=1"),
     *("model.depth=none", "model.n_head=2", "model.n_layer=2", "model.n_embd=32"),
     *("model.sequence_len=32", "train.batch_tokens=512", "train.precision=fp32"),
-    *("train.attention=sdpa", "machine.threads=1", "train.save_every=10", "train.eval_every=300"),
+    *("train.attention=sdpa", "machine.threads=1", "train.save_every=10", "train.eval_every=200"),
     *("train.eval_tokens=2048", "train.sample_tokens=0", "train.stall_seconds=4"),
 ]
 
@@ -64,8 +68,7 @@ def agent(key: str, node: str, place: Path, log: IO[bytes]) -> subprocess.Popen[
     """A node's torchrun; it goes on with one node where the other is gone."""
     cable = f"v{key}{os.getpid()}"
     env = {**os.environ, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"}
-    env |= {"XDG_CACHE_HOME": str(place / "cache")}
-    conf = f"is_host={int(key == 'a')},last_call_timeout=10,join_timeout=120"
+    conf = f"is_host={int(key == 'a')},last_call_timeout=6,join_timeout=120,keep_alive_interval=1"
     words = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     words += [f"--rdzv-endpoint={ADDRESS['a']}:29431", f"--rdzv-conf={conf}"]
     words += ["--rdzv-id=two", f"--local-addr={ADDRESS[key]}", "-m", "tuppence", *WORDS]
@@ -86,8 +89,14 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_node_that_is_cut_off_ends_in_a_clean_restart(
-    nodes: dict[str, str], tmp_path: Path
+    nodes: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: Calibration,
+    data_plan: DataPlan,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    know_this_machine(calibration, data_plan, [WORDS[2:]], ranks=(1, 2))
     run = tmp_path / "runs/two"
     with (tmp_path / "a.log").open("wb") as a, (tmp_path / "b.log").open("wb") as b:
         first = agent("a", nodes["a"], tmp_path, a)
@@ -113,7 +122,7 @@ def test_a_node_that_is_cut_off_ends_in_a_clean_restart(
     assert by_code["resume"]["step"] % 10 == 0
     assert by_code["end"]["attempt"] == 2
     rows = lines(run / "metrics.jsonl")
-    assert rows[-1]["step"] == 300
+    assert rows[-1]["step"] == 200
     again = {row["step"]: row["tokens_sha"] for row in rows if row["attempt"] == 1}
     repeated = [row for row in rows if row["attempt"] == 2 and row["step"] in again]
     assert all(row["tokens_sha"] == again[row["step"]] for row in repeated)

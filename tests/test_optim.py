@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_newest, save
 from families import SMALL, built, model_plan, on_one_thread, optimizer_plan
 from torch import nn
 
-from tuppence import checkpoint
 from tuppence.config import OptimizerPlan
 from tuppence.folder import RunFolder
 from tuppence.model import Family
@@ -284,8 +284,8 @@ def test_a_checkpoint_keeps_every_moment(family: str, optimizer: str, tmp_path: 
     for number in range(3):
         straight.step(number)
     folder = RunFolder(tmp_path)
-    checkpoint.save(folder, straight.model, straight.optimizers, FIRST_STATE)
-    assert checkpoint.load_newest(folder, resumed.model, resumed.optimizers) == FIRST_STATE
+    save(folder, straight.model, straight.optimizers, FIRST_STATE)
+    assert load_newest(folder, resumed.model, resumed.optimizers) == FIRST_STATE
     saved = straight.tensors()
     assert the_same(resumed.tensors(), saved)
     states = {name.rpartition(".")[2] for name in saved} - {"weight", "bias"}
@@ -306,8 +306,8 @@ def test_a_router_that_never_had_a_gradient_is_saved_without_moments(tmp_path: P
     assert max(drawn[first + 1 :]) > 1
     trained.step(first)
     assert "router.weight.exp_avg" not in trained.tensors()
-    checkpoint.save(RunFolder(tmp_path), trained.model, trained.optimizers, FIRST_STATE)
-    checkpoint.load_newest(RunFolder(tmp_path), again.model, again.optimizers)
+    save(RunFolder(tmp_path), trained.model, trained.optimizers, FIRST_STATE)
+    load_newest(RunFolder(tmp_path), again.model, again.optimizers)
     for number in range(first + 1, 8):
         assert trained.step(number) == again.step(number)
     assert the_same(trained.tensors(), again.tensors())

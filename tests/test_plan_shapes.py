@@ -47,7 +47,16 @@ def test_the_dial_sets_width_and_heads(depth: int, width: int, heads: int) -> No
 def test_the_dial_of_gpt2_is_gpt2() -> None:
     full = laid_out(Model(family="gpt2", depth=12))
     assert (full.n_layer, full.n_embd, full.n_head, full.sequence_len) == (12, 768, 12, 1024)
-    assert shape_of(full, 50257).params == 12 * (12 * 768**2 + 2 * 768) + (50257 + 1024 + 1) * 768
+    given = dataclasses.replace(full, vocab_size=50257)
+    assert shape_of(given, 50257).params == 12 * (12 * 768**2 + 2 * 768) + (50257 + 1024 + 1) * 768
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(50257, 50304), (100277, 100352), (32768, 32768), (65, 65), (1023, 1023)]
+)
+def test_a_large_vocabulary_is_padded(tokens: int, rows: int) -> None:
+    full = laid_out(Model(family="gpt2", depth=12))
+    assert shape_of(full, tokens).vocab_size == rows
 
 
 def test_guide_004_is_12_9_billion() -> None:

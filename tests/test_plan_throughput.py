@@ -75,6 +75,17 @@ def fitting(bench: ModuleType) -> ModuleType:
     return fit_throughput
 
 
+@pytest.fixture(scope="module")
+def fitted() -> Any:
+    """The model that all published rows give, and the rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        import fit_throughput
+
+        samples = fit_throughput.load(PUBLISHED)
+        return fit_throughput.fit(samples), samples
+
+
 def published(**changes: str) -> dict[str, str]:
     """A row with the columns of the published table."""
     with PUBLISHED.open(newline="", encoding="utf-8") as file:
@@ -110,9 +121,8 @@ def test_published_runs_are_predicted(bench: ModuleType) -> None:
             assert group["median_error"] < 0.08, name
 
 
-def test_a_framework_never_seen_is_within_fifteen_percent(fitting: ModuleType) -> None:
-    samples = fitting.load(PUBLISHED)
-    full = fitting.fit(samples)
+def test_a_framework_never_seen_is_within_fifteen_percent(fitting: ModuleType, fitted: Any) -> None:
+    full, samples = fitted
     for name in ("nanochat", "llm.c", "megatron-lm"):
         rest = [s for s in samples if s.framework != name]
         model = fitting.fit(rest, start=full, rounds=5)
@@ -121,9 +131,8 @@ def test_a_framework_never_seen_is_within_fifteen_percent(fitting: ModuleType) -
         assert errors[len(errors) // 2] < 0.15, name
 
 
-def test_a_shape_never_seen_beats_the_table_of_median_mfu(fitting: ModuleType) -> None:
-    samples = fitting.load(PUBLISHED)
-    full = fitting.fit(samples)
+def test_a_shape_never_seen_beats_the_table_of_median_mfu(fitting: ModuleType, fitted: Any) -> None:
+    full, samples = fitted
     table = fitting.table_baseline(samples, "shape")
     ours, theirs = [], []
     for width in (768, 4096):
@@ -139,9 +148,9 @@ def test_a_shape_never_seen_beats_the_table_of_median_mfu(fitting: ModuleType) -
     assert ours[int(0.9 * len(ours))] < 0.5 * theirs[int(0.9 * len(theirs))]
 
 
-def test_the_facts_file_is_what_the_fit_gives(fitting: ModuleType) -> None:
+def test_the_facts_file_is_what_the_fit_gives(fitted: Any) -> None:
     facts = json.loads(throughput.FACTS.read_text(encoding="utf-8"))
-    model = fitting.fit(fitting.load(PUBLISHED))
+    model, _ = fitted
     for name, entry in facts["constants"].items():
         assert entry["value"] == pytest.approx(model.constants[name], rel=2e-3), name
         # No constant is far from what hardware and kernels' source lead one to expect.

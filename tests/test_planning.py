@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from tuppence import cli, host, pipeline, planning
-from tuppence.data.corpora import CORPORA
 from tuppence.data.survey import survey
-from tuppence.errors import UserError
 from tuppence.plan import hardware
 from tuppence.plan.guides import RECIPES
 from tuppence.plan.hardware import Calibration
@@ -162,11 +160,24 @@ def test_this_machine_stands_among_the_others(plan: Command, tmp_path: Path) -> 
     assert "chosen    " in read.out
 
 
-def test_a_corpus_known_by_its_name_is_not_trained_here(plan: Command) -> None:
-    document = plan("llmc_gpt2_124m", "--json").document
-    assert not any(option["here"] for option in document["options"])
-    assert "prepares from files" in document["not_here"]
-    assert document["warnings"][-1]["code"] == "plan_only"
+def test_a_corpus_known_by_its_name_tells_of_itself(plan: Command) -> None:
+    answer = plan("llmc_gpt2_124m", "--json")
+    assert answer.document["not_here"] is None
+    assert answer.document["warnings"][-1]["code"] == "plan_only"
+    corpus = answer.document["corpus"]
+    assert (corpus["name"], corpus["licence"]) == ("fineweb_10bt", "ODC-By 1.0")
+    assert corpus["file_bytes"] == pytest.approx(30e9, rel=0.05)  # of 10.4B tokens, 10B
+    took = corpus["prepare_seconds"]
+    assert took["low"] < took["mid"] < took["high"]
+    text = plan("llmc_gpt2_124m", "data.source=fineweb_edu_10bt").out
+    assert "fineweb_edu_10bt: ODC-By 1.0; 9.97B gpt2 tokens in 9.67M documents" in text
+    assert "28.5 GB from hf://HuggingFaceFW/fineweb-edu/sample/10BT" in text
+    assert plan("shakespeare", "machine.gpu=cpu", "--json").document["corpus"] is None
+
+
+def test_a_corpus_that_is_generated_is_not_trained_here(plan: Command) -> None:
+    document = plan("depth_1000usd", "--json").document
+    assert "nothing to download" in document["not_here"]
 
 
 def test_many_gpus_are_planned_as_asked(plan: Command) -> None:
@@ -301,14 +312,6 @@ def test_named_corpora_are_known_before_they_are_downloaded() -> None:
     assert smaller.tokens > gpt2.tokens
     assert smaller.bytes == pytest.approx(gpt2.bytes, rel=1e-6)
     assert survey(source="arithmetic", tokenizer="char").tokens == 350_000_000
-
-
-@pytest.mark.parametrize("name", CORPORA)
-def test_a_named_corpus_cannot_be_prepared_by_its_name_yet(name: str) -> None:
-    from tuppence.data.sources import find_files
-
-    with pytest.raises(UserError, match=f"data.source={name}: .* give its files"):
-        find_files(name)
 
 
 def test_a_folder_of_a_corpus_name_is_that_folder(

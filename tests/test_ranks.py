@@ -17,22 +17,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gloo import PATIENCE, Started, command, poisoned, start, struck
+from known import know_this_machine
 
-from tuppence import checkpoint, config, host, recipes
+from tuppence import checkpoint, config
 from tuppence.config import DataPlan, Run, Train
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder
 from tuppence.ledger import spent
-from tuppence.plan import hardware
-from tuppence.plan.hardware import Calibration, Timing
-from tuppence.plan.solve import solve
+from tuppence.plan.hardware import Calibration
 from tuppence.plan.spread import spread_of
 
 STEPS = 24
@@ -84,18 +82,10 @@ def home(
 ) -> Path:
     """Where all runs of this module are, with what is known of the machine: nothing is measured."""
     home = tmp_path_factory.mktemp("home")
-    known = replace(calibration, name=host.cpu_name(), threads=1, torch=torch.__version__)
     each = [WORDS[2:], *([*WORDS[2:], *words] for words in OTHERS.values())]
-    for words, ranks in itertools.product(each, (1, 2, 4)):
-        asked = config.override(recipes.get("shakespeare"), words)
-        found = solve(asked, data_plan, known, ranks=ranks)
-        micro, workers = found.step.micro_batch, found.step.workers
-        how = str(asked.train.attention)
-        timing = Timing("fp32", how, False, micro, workers, 8e-3, 4e-3, 2e-3, "of a test")
-        known = known.with_timings(hardware.shape_key(found.model, micro, workers), [timing])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        hardware.save_calibration(known)
+        know_this_machine(calibration, data_plan, each, ranks=(1, 2, 4))
     return home
 
 

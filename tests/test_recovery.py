@@ -1,15 +1,24 @@
 """Whole processes that are killed, signalled, starved of disk, or fed damaged files."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import Forked, command
+from gloo import start
+from known import know_this_machine
+
+from tuppence.config import DataPlan
+from tuppence.plan.hardware import Calibration
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = [
@@ -23,22 +32,23 @@ TINY = [
     "train.sample_tokens=4",
     "train.save_every=10",
 ]
+SMALLER = ["train.batch_tokens=512", "train.micro_batch=4", "train.eval_tokens=2048"]
 
 
-def tuppence(*words: str, cwd: Path) -> subprocess.Popen[str]:
+@pytest.fixture(autouse=True)
+def known(cache_home: Path, calibration: Calibration, data_plan: DataPlan) -> None:
+    """No process measures the machine."""
+    know_this_machine(calibration, data_plan, [["budget.steps=1", *TINY]])
+
+
+def tuppence(*words: str, cwd: Path) -> Forked:
     """Start one command in `cwd`, its cache the test's own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tuppence", *words],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked(command, words, cwd=cwd)
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finished(process: Forked) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return process.wait(), out, err
 
 
 def one_line(err: str) -> str:
@@ -49,7 +59,7 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     metrics = run / "metrics.jsonl"
     while process.poll() is None:
         if metrics.exists() and metrics.read_text().count("\n") >= step:
@@ -58,21 +68,62 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"it ended before step {step}: {process.communicate()}")
 
 
+class Tree:
+    """The bench's command and the processes under it, forked."""
+
+    def __init__(self, site: Any) -> None:
+        logs = site.place / "logs"
+        self.started = start(site.config.ranks, command, site.words, folder=logs)
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.started.processes)
+
+    def ranks(self) -> list[int]:
+        return sorted(process.pid or 0 for process in self.started.processes if process.is_alive())
+
+    def wait(self) -> int:
+        return max(abs(code) for code in self.started.codes() if code is not None)
+
+    def kill(self) -> None:
+        for process in self.started.processes:  # at once
+            process.kill()
+        self.started.end()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_killed_again_and_again_it_is_the_same_run(tmp_path: Path, ranks: str) -> None:
-    """The bench compares every loss, every token hash, evaluations and final weights."""
-    kind = ["--ranks", ranks, "--families", "depth", "--steps", "100"]
-    command = ["bench/reliability.py", "--kills", "3", *kind, "--out", str(tmp_path / "out.jsonl")]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 of 3 `kill -9`" in done.stdout
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_again_and_again_it_is_the_same_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    calibration: Calibration,
+    data_plan: DataPlan,
+    ranks: int,
+) -> None:
+    """As the bench does it, which compares every loss, every token hash, evaluations and final
+    weights, and kills under torchrun."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "bench"))
+    import reliability
+    import sites
+    from sites import Config, Site
+
+    monkeypatch.setattr(sites, "WORDS", [*sites.WORDS, *SMALLER])
+    monkeypatch.setattr(Site, "start", lambda site: Tree(site))
+    monkeypatch.setattr(reliability, "START_SECONDS", 0.2)  # a forked one is soon under way
+    monkeypatch.setattr(reliability, "machine", lambda: "here")
+    config, args = Config("depth", ranks, "none"), Namespace(seed=0, steps=60)
+    args.out = tmp_path / "out.jsonl"
+    know_this_machine(calibration, data_plan, [config.words(60)[1:]], ranks=(ranks,))
+    reliability.share(tmp_path, config, 3, args)
+    assert reliability.table(reliability._lines(args.out)) == 0
+    out = capsys.readouterr().out
+    assert "3 of 3 `kill -9`" in out
 
 
 def test_sigint_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -94,57 +145,40 @@ def test_sigint_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert f"resuming from step {saved} (attempt 2)" in err
 
 
-def test_full_disk_stops_with_one_line_and_goes_on_after(small_disk: Path) -> None:
+def test_full_disk_stops_with_one_line_and_goes_on_after(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(8)
     words = ["run", "budget.steps=60", "name=x", *TINY, "train.eval_every=20"]
-    code, _, _ = finished(tuppence("prepare", *words[1:], cwd=small_disk))
+    code, _, _ = finished(tuppence("prepare", *words[1:], cwd=disk))
     assert code == 0
-    room = os.statvfs(small_disk)
-    with (small_disk / "ballast").open("wb") as ballast:  # leave too little for three checkpoints
+    room = os.statvfs(disk)
+    with (disk / "ballast").open("wb") as ballast:  # leave too little for three checkpoints
         ballast.write(b"\0" * (room.f_bavail * room.f_bsize - 400_000))
-    code, _, err = finished(tuppence(*words, cwd=small_disk))
+    code, _, err = finished(tuppence(*words, cwd=disk))
     assert code == 1, err
     line = one_line(err)
     assert "No space left on device" in line
     assert "run the same command" in line
-    saved = json.loads((small_disk / "runs/x/checkpoints/last.json").read_text())
+    saved = json.loads((disk / "runs/x/checkpoints/last.json").read_text())
     assert saved["step"] >= 10
-    (small_disk / "ballast").unlink()
-    code, out, err = finished(tuppence(*words, "--json", cwd=small_disk))
+    (disk / "ballast").unlink()
+    code, out, err = finished(tuppence(*words, "--json", cwd=disk))
     assert code == 0, err
     assert f"resuming from step {saved['step']}" in err
     assert json.loads(out)["budget"]["fraction"] == 1.0
 
 
-def test_read_only_run_folder_is_one_line(small_disk: Path) -> None:
+def test_read_only_run_folder_is_one_line(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(8)
     words = ["run", "budget.steps=20", "name=x", *TINY]
-    assert finished(tuppence("prepare", *words[1:], cwd=small_disk))[0] == 0
-    (small_disk / "runs/x").mkdir(parents=True)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert finished(tuppence("prepare", *words[1:], cwd=disk))[0] == 0
+    (disk / "runs/x").mkdir(parents=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
-        code, _, err = finished(tuppence(*words, cwd=small_disk))
+        code, _, err = finished(tuppence(*words, cwd=disk))
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert code == 1
     assert "Read-only file system" in one_line(err)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of eight megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root on Linux")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_truncated_shard_is_one_line(tmp_path: Path) -> None:

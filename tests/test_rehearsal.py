@@ -1,23 +1,25 @@
 """The rehearsal finds the micro-batch that fits, without a trace; the preflight proves the wire."""
 
-import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from families import SMALL, on_one_thread
+from families import SMALL, model_plan, on_one_thread
+from forked import Forked
 from torch import nn
 
 from tuppence import config
 from tuppence.config import DataPlan, Plan, Run
-from tuppence.errors import DoesNotFit
+from tuppence.errors import DoesNotFit, Fault
 from tuppence.model import build
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
-from tuppence.ranks import ALONE
+from tuppence.ranks import ALONE, Ranks
 from tuppence.train.optim import optimizers_of
 from tuppence.train.preflight import preflight
 from tuppence.train.rehearsal import rehearse, sizes, worst_of
@@ -170,73 +172,54 @@ def test_room_for_moments_is_part_of_it(plan_of: PlanOf, monkeypatch: pytest.Mon
         rehearse(workers, plan, micro_batch=8, rows=ROWS, agree=yes, optimizers=fresh)
 
 
-LIMITED = """
-import resource, sys
-import torch
-from tuppence import config
-from tuppence.config import DataPlan, Run
-from tuppence.model import build
-from tuppence.train.rehearsal import rehearse
-from tuppence.workers import Workers
-from types import SimpleNamespace
+def found_within(mebibytes: int) -> None:
+    """Print the micro-batch that fits into so much more address space than is taken."""
+    import resource
 
-torch.set_num_threads(1)
-from families import model_plan
-model = model_plan(n_layer=4, n_embd=128, sequence_len=256, family="gpt2")
-plan = SimpleNamespace(model=model, machine=SimpleNamespace(name="this"))
-workers = Workers(build(model, attention="matmul"), count=1, device="cpu", precision="fp32")
-workers.model.init_weights(0)
-rehearse(workers, plan, micro_batch=1, rows=1, agree=bool)  # libraries are loaded and threads made
-held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + (int(sys.argv[1]) << 20),) * 2)
-print(rehearse(workers, plan, micro_batch=64, rows=64, agree=bool))
-"""
+    model = model_plan(n_layer=4, n_embd=128, sequence_len=256, family="gpt2")
+    plan = SimpleNamespace(model=model, machine=SimpleNamespace(name="this"))
+    built = build(model, attention="matmul")
+    workers = Workers(built, count=1, device="cpu", precision="fp32")
+    built.init_weights(0)
+    rehearse(workers, plan, micro_batch=1, rows=1, agree=bool)  # threads are made
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (mebibytes << 20),) * 2)
+    print(rehearse(workers, plan, micro_batch=64, rows=64, agree=bool))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space")
-def test_a_real_limit_is_found(request: pytest.FixtureRequest) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "150"],
-        cwd=request.path.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 1 <= int(done.stdout) < 64
+def test_a_real_limit_is_found() -> None:
+    process = Forked(found_within, 150)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert 1 <= int(out) < 64
 
 
 # ---------------------------------------------------------------- preflight
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from tuppence.errors import Fault
-from tuppence.ranks import Ranks
-from tuppence.train.preflight import preflight
 
-rank, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-store = dist.TCPStore("127.0.0.1", port, 2, is_master=False, wait_for_workers=False)
-ranks = Ranks(rank, 2, rank, 2, dist.PrefixStore("tuppence", store))
-facts = {"code": "abc", "torch": "2.13.0", "plan": "f00"}
-if what == "absent":
+def compare(rank: int, port: int, what: str) -> None:
+    """Print what the preflight of a rank says."""
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False, wait_for_workers=False)
+    ranks = Ranks(rank, 2, rank, 2, dist.PrefixStore("tuppence", store))
+    facts = {"code": "abc", "torch": "2.13.0", "plan": "f00"}
+    if what == "absent":
+        with pytest.raises(Fault) as fault:
+            preflight(ranks, facts, device="cpu", seconds=0.5)
+        print(fault.value)
+        return
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=2)
+    if what == "differ" and rank == 1:
+        facts |= {"torch": "2.12.0", "card": "y"}
+    if what == "twice":
+        plain = dist.all_reduce
+        dist.all_reduce = lambda data: (rank and data.mul_(2), plain(data))
     try:
-        preflight(ranks, facts, device="cpu", seconds=0.5)
+        print(preflight(ranks, facts, device="cpu") > 0)
     except Fault as fault:
-        sys.exit(print(fault))
-dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2)
-if what == "differ" and rank == 1:
-    facts |= {"torch": "2.12.0", "card": "y"}
-if what == "twice":
-    plain = dist.all_reduce
-    dist.all_reduce = lambda data: (rank and data.mul_(2), plain(data))
-try:
-    print(preflight(ranks, facts, device="cpu") > 0)
-except Fault as fault:
-    print(fault)
-dist.destroy_process_group()
-"""
+        print(fault)
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -255,15 +238,7 @@ dist.destroy_process_group()
 )
 def test_ranks_compare_themselves_and_prove_the_sum(what: str, ranks: int, said: str) -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(store.port), what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    processes = [Forked(compare, rank, store.port, what) for rank in range(ranks)]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

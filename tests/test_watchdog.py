@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,64 +10,55 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Forked
 
 from tuppence.errors import Fault
 from tuppence.train import watchdog
 from tuppence.train.watchdog import EXIT_CODE, Known, Post, Watchdog, describe
 
 SECONDS = 2.0
-Processes = list["subprocess.Popen[str]"]
-Start = Callable[..., Processes]
-RANK = f"""
-import os, signal, sys, time
-import torch
-import torch.distributed as dist
-from tuppence.train.watchdog import Watchdog
+WORLD = 3
+Start = Callable[..., list[Forked]]
 
-rank, world, port, own, what, who = (int(a) if a.isdigit() else a for a in sys.argv[1:])
-master = bool(own) and rank == 0
-store = dist.TCPStore("127.0.0.1", port, world, is_master=master, wait_for_workers=False)
-dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world)
-torch.set_num_threads(1)
 
-def hang_here():
+def hang_here(what: str) -> None:
     if what == "sleep":
         time.sleep(600)
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
 
-with Watchdog(rank=rank, world=world, store=dist.PrefixStore("dog", store), seconds={SECONDS},
-              told=lambda message: print("TOLD", message, flush=True)) as dog:
-    for step in range(20):
-        dog.at("data", step)
-        time.sleep(0.02)
-        dog.at("forward", step)
-        if (rank, step) == (who, 6):
-            hang_here()
-        dog.at("reduce", step)
-        dist.all_reduce(torch.ones(10))
-        print("STEP", step, flush=True)
-        dog.at("update", step)
-print("END", flush=True)
-"""
+
+def rank_of(rank: int, port: int, own: bool, what: str, who: int) -> None:
+    """Twenty steps of a rank that reduces, in the seventh of which rank `who` does `what`."""
+    master = own and rank == 0
+    store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=master, wait_for_workers=False)
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=WORLD)
+    with Watchdog(
+        rank=rank,
+        world=WORLD,
+        store=dist.PrefixStore("dog", store),
+        seconds=SECONDS,
+        told=lambda message: print("TOLD", message, flush=True),
+    ) as dog:
+        for step in range(20):
+            dog.at("data", step)
+            time.sleep(0.02)
+            dog.at("forward", step)
+            if (rank, step) == (who, 6):
+                hang_here(what)
+            dog.at("reduce", step)
+            dist.all_reduce(torch.ones(10))
+            dog.at("update", step)
 
 
 @pytest.fixture
 def ranks() -> Iterator[Start]:
     """Starts three ranks, in which rank `who` does `what` in its seventh step."""
-    started: Processes = []
+    started: list[Forked] = []
 
-    def start(what: str, who: int, *, port: int, own: bool) -> Processes:
-        for rank in range(3):
-            words = [str(rank), "3", str(port), str(int(own)), what, str(who)]
-            process = subprocess.Popen(
-                [sys.executable, "-c", RANK, *words],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            started.append(process)
+    def start(what: str, who: int, *, port: int, own: bool) -> list[Forked]:
+        started.extend(Forked(rank_of, rank, port, own, what, who) for rank in range(WORLD))
         return started
 
     yield start
@@ -89,7 +78,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def told(process: "subprocess.Popen[str]") -> tuple[str, str]:
+def told(process: Forked) -> tuple[str, str]:
     """What a rank told when it left for a restart, and its stderr."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE, err

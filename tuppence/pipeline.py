@@ -7,23 +7,17 @@ import dataclasses
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tuppence import bucket, config, host, origin, recipes
-from tuppence.config import Data, DataPlan, Interval, Plan, Run, Warning
+from tuppence import bucket, config, corpus, host, origin, recipes
+from tuppence.config import DataPlan, Interval, Plan, Run, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, find
-from tuppence.live import Live
 from tuppence.plan import hardware
 from tuppence.plan.asked import check_budget, check_trainable, check_values
 from tuppence.plan.solve import solve
 
-if TYPE_CHECKING:
-    from tuppence.data.prepare import Options, Place, Prepared, Progress
-
-CACHE_GB = 20.0  # of shards that are on a bucket, where nothing else was asked
 NOTES = ("data_estimated", "plan_only", "not_exportable")
 
 
@@ -42,20 +36,11 @@ def asked(args: Namespace) -> Run:
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
     run = named(config.override(recipes.get(spec), words), spec)
     run = origin.started(run, _begun(args, run))
-    refuse_unprepared(run.data.source or "")
+    corpus.refuse_unprepared(run.data.source or "")
     check_values(run)
     check_trainable(run)
     check_budget(run.budget)
     return run
-
-
-def refuse_unprepared(source: str) -> None:
-    """A corpus that only plans know is refused before anything is measured."""
-    from tuppence.data.corpora import CORPORA
-    from tuppence.data.sources import find_files
-
-    if source in CORPORA:
-        find_files(source)
 
 
 def named(run: Run, spec: str) -> Run:
@@ -103,141 +88,6 @@ def threads_of(run: Run) -> int:
 
 
 # ---------------------------------------------------------------- solved
-
-
-def surveyed(run: Run) -> DataPlan:
-    """The corpus as a cheap look at it tells."""
-    from tuppence.data.given import glance
-    from tuppence.data.split import Asked
-    from tuppence.data.survey import survey
-
-    data = run.data
-    if (there := glance(data.source or "", data.tokenizer)) is not None:
-        return DataPlan(
-            source=data.source or "",
-            tokenizer=data.tokenizer or "gpt2",
-            text_field=data.text_field or "text",
-            max_tokens=data.max_tokens,
-            val_tokens_asked=data.val_tokens,
-            inputs_sha256=None,
-            packing=data.packing or "plain",
-            **dataclasses.asdict(there),
-        )
-    seen = survey(
-        source=data.source or "",
-        tokenizer=data.tokenizer or "gpt2",
-        text_field=data.text_field or "text",
-    )
-    asked = Asked(data.max_tokens, data.val_tokens, seen.source_bytes, seen.single)
-    wanted = asked.wanted_tokens()
-    split = asked.split(seen.tokens if wanted is None else min(seen.tokens, wanted))
-    return DataPlan(
-        source=data.source or "",
-        tokenizer=data.tokenizer or "gpt2",
-        text_field=data.text_field or "text",
-        max_tokens=data.max_tokens,
-        val_tokens_asked=data.val_tokens,
-        vocab_size=seen.vocab_size,
-        train_tokens=split.train[1] - split.train[0],
-        val_tokens=split.val[1] - split.val[0],
-        bytes_per_token=seen.bytes / max(1, seen.tokens),
-        inputs_sha256=None,
-        exact=seen.exact,
-        packing=data.packing or "plain",
-    )
-
-
-def preparing(data: Data, *, rank: int = 0, world: int = 1) -> "Options":
-    """How the corpus is to be prepared, as asked."""
-    from tuppence.data.prepare import Options
-
-    asked = {
-        key: value
-        for key in ("text_field", "max_tokens", "val_tokens", "dedup", "on_bad", "workers", "seed")
-        if (value := getattr(data, key)) is not None
-    }
-    options = Options(**asked, rank=rank, world=world)
-    return options if data.shuffle is not False else dataclasses.replace(options, seed=None)
-
-
-def shards_at(args: Namespace, data: Data) -> "Place":
-    """Where shards are or go: a folder, or a bucket and a folder of the user's cache before it."""
-    from tuppence.data.prepare import Place
-
-    cache_bytes = round((data.cache_gb or CACHE_GB) * 1e9)
-    if bucket.is_url(args.data):
-        return Place(bucket.local_root(args.data), args.data, cache_bytes)
-    return Place(Path(args.data), None, cache_bytes)
-
-
-def prepared(
-    run: Run, place: "Place", *, fresh: bool = False, merge: int = 0, tick: Any = None
-) -> tuple["Prepared", DataPlan]:
-    """Shards on disk (made now or found), and the corpus as their manifest tells."""
-    from tuppence.data.prepare import Prepared, prepare
-    from tuppence.data.shards import load_manifest
-
-    data = run.data
-    there = _tokens_given(data, place)
-    if there is not None:
-        made = Prepared(there, load_manifest(there), reused=True)
-    else:
-        live = Live()
-        made = prepare(
-            source=data.source or "",
-            tokenizer=data.tokenizer or "gpt2",
-            root=place,
-            options=preparing(data),
-            fresh=fresh,
-            merge=merge,
-            on_progress=progress(live, tick),
-        )
-        live.clear()
-    manifest = made.manifest
-    return made, DataPlan(
-        source=data.source or "",
-        tokenizer=data.tokenizer or "gpt2",
-        text_field=manifest.text_field,
-        max_tokens=manifest.max_tokens,
-        val_tokens_asked=data.val_tokens,
-        vocab_size=manifest.vocab_size,
-        train_tokens=manifest.train_tokens,
-        val_tokens=manifest.val_tokens,
-        bytes_per_token=manifest.bytes_per_token,
-        inputs_sha256=manifest.inputs_sha256,
-        exact=True,
-        packing=data.packing or "plain",
-    )
-
-
-def progress(live: Live, tick: Any = None) -> Callable[["Progress"], None]:
-    """Shows where a preparation stands; `tick` is called as often."""
-
-    def show(p: "Progress") -> None:
-        share = f" {p.done_bytes / p.total_bytes:4.0%}" if p.done_bytes and p.total_bytes else ""
-        rate = f"  {p.tokens / p.seconds:,.0f} tok/s" if p.tokens and p.seconds > 0.5 else ""
-        live.show(f"preparing: {p.phase}{share}  {p.tokens:,} tokens{rate}")
-        if tick:
-            tick()
-
-    return show
-
-
-def _tokens_given(data: Data, place: "Place") -> Path | None:
-    """The folder of a source that is tokens already, which are taken as they are."""
-    from tuppence.data.given import given
-
-    source = data.source or ""
-    place.root.mkdir(parents=True, exist_ok=True)
-    folder = given(source, data.tokenizer, place.root, cache_bytes=place.cache_bytes)
-    for key in ("max_tokens", "val_tokens") if folder is not None else ():
-        value = getattr(data, key)
-        if value is not None:
-            raise UserError(
-                f"data.{key}={value:,}: {source} is tokens already, and read as they are; "
-                f"data.{key}=none leaves it out"
-            )
-    return folder
 
 
 def solved(

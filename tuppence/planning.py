@@ -18,9 +18,10 @@ from typing import Any
 
 from tuppence import config, host, origin, recipes
 from tuppence.config import DataPlan, Plan, Run, Warning
+from tuppence.corpus import refuse_unprepared, surveyed
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.live import folded, screen_width
-from tuppence.pipeline import device_of, named, refuse_unprepared, say, solved, surveyed, threads_of
+from tuppence.live import duration, folded, screen_width
+from tuppence.pipeline import device_of, named, say, solved, threads_of
 from tuppence.plan import shapes
 from tuppence.plan.asked import check_budget, check_trainable, check_values, optimizer_of
 from tuppence.plan.cost import Shape
@@ -30,6 +31,7 @@ from tuppence.plan.loss import Group, comparable, find_group
 from tuppence.plan.market import Seller
 from tuppence.plan.options import Option, Standing, option_of, options, ranked, usd_per_flop
 from tuppence.plan.prices import Book, price_book
+from tuppence.plan.stages import DOWNLOADED_BYTES_PER_TOKEN, preparation_interval
 from tuppence.plan.table import (
     ROWS,
     chosen_text,
@@ -40,6 +42,7 @@ from tuppence.plan.table import (
     side_by_side,
     warnings_text,
 )
+from tuppence.plot import short
 
 QUICK_SECONDS = 2.0  # of a step that a plan may measure by itself
 LONG_HOURS = 72.0  # a run that takes longer here stands in the table alone
@@ -71,6 +74,36 @@ class Planned:
             family=shapes.laid_out(self.run.model).family or "",
             optimizer=optimizer_of(self.run),
         )
+
+    @cached_property
+    def corpus(self) -> dict[str, Any] | None:
+        """What is known of a corpus by its name, and how long this machine would prepare it."""
+        from tuppence.data.corpora import CORPORA
+        from tuppence.data.survey import survey
+
+        known = CORPORA.get(self.data.source)
+        if known is None or Path(self.data.source).exists():
+            return None
+        tokens = self.data.train_tokens + self.data.val_tokens
+        every = survey(source=known.name, tokenizer=self.data.tokenizer).tokens
+        size = None if known.file_bytes is None else known.file_bytes * min(1.0, tokens / every)
+        cores = threads_of(self.run)
+        took = preparation_interval(tokens, vcpus=cores, file_bytes=size)
+        told = (
+            "name",
+            "place",
+            "revision",
+            "licence",
+            "tokens",
+            "tokenizer",
+            "documents",
+            "evidence",
+        )
+        return {name: getattr(known, name) for name in told} | {
+            "file_bytes": size if size is not None else tokens * DOWNLOADED_BYTES_PER_TOKEN,
+            "cores": cores,
+            "prepare_seconds": dataclasses.asdict(took),
+        }
 
     @property
     def chosen_shape(self) -> Shape:
@@ -112,11 +145,13 @@ def planned(args: Namespace) -> list[Planned]:
 
 
 def _default(overrides: list[str]) -> str:
-    """Without a recipe: the shipped default, or `auto` where a corpus is known by its name."""
+    """Without a recipe: the shipped default, or `auto` where a corpus is known by its name, or
+    lies on the Hub."""
     from tuppence.data.corpora import CORPORA
 
     sources = [word.partition("=")[2] for word in overrides if word.startswith("data.source=")]
-    return "auto" if sources and sources[-1] in CORPORA else recipes.DEFAULT
+    known = sources and (sources[-1] in CORPORA or sources[-1].startswith("hf://"))
+    return "auto" if known else recipes.DEFAULT
 
 
 def _planned(spec: str, overrides: list[str], book: Book) -> Planned:
@@ -186,7 +221,7 @@ def _nothing_fits(found: list[Option]) -> str:
 
 def text(found: Planned, *, every: bool) -> str:
     """The plan as a person reads it."""
-    parts = []
+    parts = [_corpus_text(found)]
     if found.here is not None and found.here.predicted.hours.mid <= LONG_HOURS:
         parts.append(plan_text(found.here))
     if found.options:
@@ -198,6 +233,25 @@ def text(found: Planned, *, every: bool) -> str:
         parts.append(chosen_text(found.run, found.data, found.chosen))
         parts.append(warnings_text(found.warnings))
     return folded("\n\n".join(part for part in parts if part))
+
+
+def _corpus_text(found: Planned) -> str:
+    """A named corpus: whose it is, how much, and how long until it can be trained on."""
+    corpus = found.corpus
+    if corpus is None:
+        return ""
+    texts = f" in {short(corpus['documents'])} documents" if corpus["documents"] else ""
+    low, mid, high = (duration(s) for s in corpus["prepare_seconds"].values())
+    lines = [
+        f"corpus    {corpus['name']}: {corpus['licence']}; {short(corpus['tokens'])} "
+        f"{corpus['tokenizer']} tokens{texts} ({corpus['evidence']})"
+    ]
+    if corpus["place"]:
+        lines.append(
+            f"prepare   {mid} ({low} to {high}) on {corpus['cores']} cores here: "
+            f"{corpus['file_bytes'] / 1e9:.3g} GB from hf://{corpus['place']}"
+        )
+    return "\n".join(lines)
 
 
 def as_document(found: Planned) -> dict[str, Any]:
@@ -213,6 +267,7 @@ def as_document(found: Planned) -> dict[str, Any]:
         "warnings": [dataclasses.asdict(w) for w in found.warnings],
         "plan": dataclasses.asdict(found.here) if found.here is not None else None,
         "not_here": found.not_here,
+        "corpus": found.corpus,
         "price_problems": [p._asdict() for p in found.book.problems],
     }
 

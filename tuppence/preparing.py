@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuppence.config import Data
+from tuppence.corpus import options_of, prepared, progress, shards_at
 from tuppence.errors import UserError
 from tuppence.live import Live
-from tuppence.pipeline import asked, prepared, preparing, progress, shards_at
+from tuppence.pipeline import asked
 
 if TYPE_CHECKING:
     from tuppence.data.shards import Manifest
@@ -18,12 +19,17 @@ Document = dict[str, Any]
 
 def prepare(args: Namespace) -> Document:
     """What was made or found; with `--rank`, this machine's part of it."""
-    data = asked(args).data
+    run = asked(args)
+    data = run.data
+    if args.merge or (args.rank, args.world) != (None, None):
+        _refuse_tokens(data)
     if args.rank is not None or (args.world is not None and not args.merge):
         return _slices(args, data)
     if args.export is not None and args.out is None:
         raise UserError(f"--export {args.export}: say where to, with --out DIR")
-    run, merge = asked(args), (args.world or 1) if args.merge else 0
+    if args.out is not None and args.export is None:
+        raise UserError(f"--out {args.out}: say for whom, with --export nanogpt or llmc")
+    merge = (args.world or 1) if args.merge else 0
     made, _ = prepared(run, shards_at(args, data), fresh=args.fresh, merge=merge)
     document = {
         "folder": str(made.folder),
@@ -39,6 +45,17 @@ def prepare(args: Namespace) -> Document:
     if not args.json:
         print("\n".join(lines))
     return document
+
+
+def _refuse_tokens(data: Data) -> None:
+    """Tokens that are there already are nothing to share the making of."""
+    from tuppence.data.given import glance
+
+    if glance(data.source or "", data.tokenizer) is not None:
+        raise UserError(
+            f"data.source={data.source} is tokens already, and read as they are; leave out --rank, "
+            "--world and --merge"
+        )
 
 
 def told(folder: Path, manifest: "Manifest", *, reused: bool) -> list[str]:
@@ -75,7 +92,7 @@ def _slices(args: Namespace, data: Data) -> Document:
         source=data.source or "",
         tokenizer=data.tokenizer or "gpt2",
         root=shards_at(args, data),
-        options=preparing(data, rank=args.rank, world=args.world),
+        options=options_of(data, rank=args.rank, world=args.world),
         on_progress=progress(live),
     )
     live.clear()
@@ -114,7 +131,18 @@ def _reported(
 ) -> tuple[Document, list[str]]:
     if not args.report:
         return {}, []
-    raise NotImplementedError
+    from tuppence.data.compression import SAMPLE_BYTES, beside_published, table
+    from tuppence.data.given import glance
+    from tuppence.data.reading import sampled
+    from tuppence.data.sources import find_files
+    from tuppence.data.tokenizer import load_tokenizer
+
+    source = data.source or ""
+    if glance(source, data.tokenizer) is not None:
+        raise UserError(f"--report: {source} is tokens; compression is told of text")
+    texts = sampled(find_files(source), chars=SAMPLE_BYTES, text_field=manifest.text_field)
+    rows = beside_published(texts, load_tokenizer(folder / "tokenizer"))
+    return {"compression": [dataclasses.asdict(row) for row in rows]}, [table(rows)]
 
 
 def _exported(
@@ -122,7 +150,7 @@ def _exported(
 ) -> tuple[Document, list[str]]:
     if args.export is None:
         return {}, []
-    from tuppence.data.given import export
+    from tuppence.data.export import export
 
     made = export(folder, manifest, how=args.export, out=Path(args.out))
     return {"exported": [str(path) for path in made]}, [f"written    {path}" for path in made]

@@ -157,7 +157,7 @@ def llmc_gpt2_124m() -> Run:
         model=Model(
             family="gpt2", n_layer=12, n_head=12, n_embd=768, sequence_len=1024, vocab_size=50304
         ),
-        data=Data(source="fineweb", tokenizer="gpt2", max_tokens=10_000_000_000),
+        data=Data(source="fineweb_10bt", tokenizer="gpt2", max_tokens=10_000_000_000),
         train=Train(
             batch_tokens=2**19,
             learning_rate=6e-4,

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from tuppence import bucket, config, environment, host, origin
 from tuppence.bucket import Mirror
 from tuppence.config import Budget, Plan, Run
+from tuppence.corpus import prepared, shards_at, surveyed
 from tuppence.errors import DoesNotFit, Fault, UserError
 from tuppence.folder import RunFolder, RunLock
 from tuppence.ledger import Meter
@@ -28,13 +29,10 @@ from tuppence.pipeline import (
     asked,
     device_of,
     on_this_machine,
-    prepared,
     refuse_warnings,
     runs_root,
     say,
-    shards_at,
     solved,
-    surveyed,
     threads_of,
 )
 from tuppence.plan import hardware
@@ -202,7 +200,9 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
         say(plan_text(draft))  # preparing may take long: here is what it is for
     with meter.phase("prepare"):
         within = _Within(meter, wanted.budget)
-        made, data = prepared(wanted, shards_at(job.args, wanted.data), tick=within.check)
+        known = None if draft is not None else folder.plan().data.inputs_sha256
+        place = shards_at(job.args, wanted.data)
+        made, data = prepared(wanted, place, known=known, tick=within.check)
     if draft is None:
         frozen = folder.plan()
         if data.inputs_sha256 != frozen.data.inputs_sha256:

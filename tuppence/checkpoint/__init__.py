@@ -35,10 +35,8 @@ from tuppence.checkpoint.layout import (
 from tuppence.checkpoint.loading import (
     Newest,
     load,
-    load_newest,
     mend_pointers,
     newest,
-    newest_verified,
     state_of,
 )
 from tuppence.checkpoint.pieces import (
@@ -51,10 +49,9 @@ from tuppence.checkpoint.pieces import (
     read,
     whole,
 )
-from tuppence.checkpoint.retention import Retention, drop_later, retain
+from tuppence.checkpoint.retention import Retention, drop_later
 from tuppence.checkpoint.saver import Saver
 from tuppence.checkpoint.tensors import Spec
-from tuppence.checkpoint.writing import save
 from tuppence.files import file_sha256
 
 __all__ = [
@@ -79,18 +76,14 @@ __all__ = [
     "file_sha256",
     "index",
     "load",
-    "load_newest",
     "manifest",
     "mend_pointers",
     "name_of",
     "newest",
-    "newest_verified",
     "pieces_of",
     "point",
     "pointer",
     "read",
-    "retain",
-    "save",
     "state_of",
     "step_of",
     "verify",

@@ -58,30 +58,12 @@ def newest(folder: RunFolder) -> Newest:
     return Newest(None, ())
 
 
-def newest_verified(folder: RunFolder) -> Path | None:
-    """The path alone."""
-    return newest(folder).path
-
-
 def _put_back(folder: RunFolder) -> None:
     """A kill between the two renames of a step that was saved again left its old save aside."""
     for aside in folder.checkpoints.glob(".step_*.replaced"):
         final = aside.with_name(aside.name[1:].removesuffix(".replaced"))
         if not final.exists():
             os.replace(aside, final)
-
-
-def load_newest(folder: RunFolder, model: nn.Module, optimizers: Optimizers) -> State | None:
-    """Load the newest checkpoint that verifies into what is not sharded; None where there is none.
-
-    The pointers are set too.
-    """
-    path = newest(folder).path
-    if path is None:
-        return None
-    state = _load(path, model, optimizers)
-    mend_pointers(folder, path, state)
-    return state
 
 
 def mend_pointers(folder: RunFolder, path: Path, state: State) -> None:
@@ -120,10 +102,6 @@ def load(path: Path, model: nn.Module, optimizers: Optimizers = ()) -> State:
     Raises Fault naming the damaged file or the tensor of another model; nothing is changed then.
     """
     verify(path)
-    return _load(path, model, optimizers)
-
-
-def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> State:
     weights = pieces.whole(dict(model.named_parameters()))
     copies = pieces.plan_copies(path, weights, "model")
     moments = _moments(path, model, optimizers) if optimizers else {}

@@ -32,12 +32,6 @@ class Retention:
         return self.keep_every is not None and step_of(path) % self.keep_every == 0
 
 
-def retain(folder: RunFolder, *, keep_last: int) -> None:
-    """Delete all but the newest few and whatever is pointed at, and leftovers of killed saves."""
-    enforce(folder, Retention(keep_last))
-    sweep(folder, lambda path: True)
-
-
 def enforce(folder: RunFolder, keep: Retention) -> None:
     """Delete what need not be kept, and what there is no room for."""
     fixed, newest = _pointed(folder), by_age(folder)[-keep.keep_last :]

@@ -18,10 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from tuppence import config
-from tuppence.checkpoint import pieces, tensors
+from tuppence.checkpoint import tensors
 from tuppence.checkpoint.layout import (
     KINDS,
     MANIFEST,
@@ -30,18 +28,14 @@ from tuppence.checkpoint.layout import (
     File,
     Files,
     Manifest,
-    Pointer,
     State,
     complete,
     flush_folder,
     name_of,
-    point,
-    pointer_to,
     shard,
     sidecar,
     step_of,
 )
-from tuppence.checkpoint.pieces import Optimizers
 from tuppence.checkpoint.tensors import Image
 from tuppence.errors import Fault
 from tuppence.folder import RunFolder, write_text
@@ -147,30 +141,3 @@ def cannot_save(folder: RunFolder, step: int, error: Exception) -> str:
         f"cannot save step {step} in {folder.checkpoints}: {reason}{free}; "
         f"{kept}: make room or give write access, then run the same command to continue"
     )
-
-
-def save(
-    folder: RunFolder,
-    model: nn.Module,
-    optimizers: Optimizers,
-    state: State,
-    *,
-    attempt: int = 1,
-) -> Pointer:
-    """Write a checkpoint of what is not sharded, at once, and point `last` at it.
-
-    Raises Fault, leaving every earlier checkpoint as it was, when the disk is full or read-only.
-    """
-    both = pieces.pieces_of(model, optimizers)
-    images = {kind: pieces.staged(held) for kind, held in zip(KINDS, both, strict=True)}
-    aside = folder.checkpoints / f".{name_of(state.step)}.{os.getpid()}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        files = write_part(aside, images, rank=0, world=1)
-        seal(aside, state, files, attempt=attempt, world=1)
-        final = commit(folder, aside, state.step)
-        point(folder, "last", pointer_to(final))
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise Fault(cannot_save(folder, state.step, error)) from error
-    return pointer_to(final)

@@ -211,7 +211,8 @@ class Cache:
         aside = self._aside(shard)
         aside.unlink(missing_ok=True)  # a killed process left it
         with self._room():
-            self._make_room(self.bytes_of(shard))
+            if shard.split == "train":  # the room of val is never another's
+                self._make_room(self.bytes_of(shard))
             aside.touch()  # it counts as the whole from here on
         try:
             self._bring(shard, aside)

@@ -11,6 +11,7 @@ finds the newest, and its manifest records it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tuppence.errors import UserError
 
@@ -49,19 +50,14 @@ class Corpus:
         return "/".join(["hf:/", owner, name + at, *inside])
 
 
-def text_field_of(source: str) -> str:
-    """The field that has the text, where the person does not say."""
-    return CORPORA[source].text_field if source in CORPORA else "text"
-
-
-def on_bad_of(source: str) -> str | None:
-    """What becomes of broken documents, where the person does not say and the corpus has some."""
-    return CORPORA[source].on_bad if source in CORPORA else None
-
-
-def shuffles(source: str) -> bool:
-    """Whether documents are shuffled, where the person does not say."""
-    return CORPORA[source].shuffle if source in CORPORA else True
+def defaults_of(source: str) -> dict[str, Any]:
+    """How this corpus is prepared where the person does not say: options by name."""
+    corpus = CORPORA.get(source)
+    if corpus is None:
+        return {}
+    unshuffled = {} if corpus.shuffle else {"seed": None}
+    lenient = {} if corpus.on_bad is None else {"on_bad": corpus.on_bad}
+    return {"text_field": corpus.text_field} | lenient | unshuffled
 
 
 def check_preparable(source: str) -> None:

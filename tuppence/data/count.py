@@ -14,7 +14,7 @@ import numpy as np
 from tuppence.data.cache import load_bucket
 from tuppence.data.shards import HEADER_BYTES, Manifest, open_shard, token_dtype, verify
 from tuppence.errors import Fault
-from tuppence.store import Store
+from tuppence.store import Away, Store
 
 _BLOCK_TOKENS = 1 << 22
 
@@ -31,12 +31,16 @@ class Count:
 
 
 def count(folder: Path, manifest: Manifest) -> Count:
-    """Raises Fault naming the first shard that is not what the manifest says."""
+    """Raises Fault naming the first shard that is not what the manifest says, or where a bucket
+    does not answer."""
     bucket = load_bucket(folder)
     if bucket is None:
         verify(folder, manifest)
         return _counted(manifest, "sha256", documents=_documents(folder, manifest))
-    there = Store(bucket.url).find()
+    try:
+        there = Store(bucket.url).find()
+    except Away as error:
+        raise Fault(f"{error}; run the same command again") from error
     itemsize = token_dtype(manifest.vocab_size).itemsize
     for shard in manifest.shards:
         wanted = HEADER_BYTES + shard.tokens * itemsize

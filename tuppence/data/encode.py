@@ -29,7 +29,7 @@ from tuppence.data.documents import Bad, Document, documents_of
 from tuppence.data.encoders import UnknownCharacter, unknown_character
 from tuppence.data.inputs import InputFile
 from tuppence.data.permute import key_of, permuted
-from tuppence.data.pieces import Piece, recut
+from tuppence.data.pieces import Piece, UnbrokenText, recut, unbroken_text
 from tuppence.data.tokenizer import Tokenizer
 from tuppence.data.windows import Window
 from tuppence.errors import Fault, UserError
@@ -169,29 +169,40 @@ def _encoded(
     """Each document's ids, None for one that the tokenizer has no ids for; and those."""
     try:
         return list(_ids(documents, tokenizer)), []
-    except UnknownCharacter:
+    except (UnknownCharacter, UnbrokenText):
         pass
     arrays: list[npt.NDArray[np.uint32] | None] = []
     bad = []
     for document in documents:
         try:
             arrays += _ids([document], tokenizer)
-        except UnknownCharacter as error:
+        except (UnknownCharacter, UnbrokenText) as error:
             arrays.append(None)
-            place = f"{document.shown}, character {document.offset + error.offset + 1:,}"
-            message = unknown_character(error.character, place, alphabet=error.alphabet)
-            bad.append(Bad("foreign_character", message))
+            bad.append(_bad(document, error))
     return arrays, bad
+
+
+def _bad(document: Document, error: UnknownCharacter | UnbrokenText) -> Bad:
+    place = f"{document.shown}, character {document.offset + error.offset + 1:,}"
+    if isinstance(error, UnbrokenText):
+        return Bad("unbroken", unbroken_text(place))
+    message = unknown_character(error.character, place, alphabet=error.alphabet)
+    return Bad("foreign_character", message)
 
 
 def _ids(documents: list[Document], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.uint32]]:
     """Long documents are cut, for tokenizers are slow and hungry on them."""
     whole = [Piece(document.text, i, 0, True) for i, document in enumerate(documents)]
     pieces = list(recut(whole, cut=tokenizer.cut))
-    encoded = zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
+    try:
+        arrays = tokenizer.encode_batch([piece.text for piece in pieces])
+    except UnknownCharacter as error:
+        error.offset += pieces[error.text].offset
+        raise
+    encoded = zip(pieces, arrays, strict=True)
     for _, group in itertools.groupby(encoded, key=lambda pair: pair[0].document):
-        arrays = [ids for _, ids in group]
-        yield arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        parts = [ids for _, ids in group]
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _utf8_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The tokenizers: an id per character or byte, GPT-2's through tiktoken, others by `tokenizers`.
+"""Tokenizers: an id per character or byte, and any tokenizer.json (`ranked` has byte pairs).
 
 All turn text into uint32 ids and back, never match a special token inside text (what a document
 says is never a command), and know how many UTF-8 bytes each id stands for: bits per byte = nats /
@@ -7,11 +7,10 @@ ln 2 / bytes.
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,28 +18,21 @@ import numpy as np
 import numpy.typing as npt
 
 from tuppence.data.pieces import Cut
-from tuppence.data.sources import asset
+from tuppence.data.ranks import GPT2_SPLIT, GPT4_SPLIT
 from tuppence.data.tokenizer_json import (
     END_OF_TEXT,
     byte_letters,
     byte_level,
     json_bytes,
-    merges_of,
-    spelled,
     unspelled,
 )
-from tuppence.errors import Fault, UserError
+from tuppence.errors import UserError
 
 if TYPE_CHECKING:
-    import tiktoken
     import tokenizers
 
 Ids: TypeAlias = npt.NDArray[np.uint32]
 
-GPT2_RANKS = "r50k_base.tiktoken"
-GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-# GPT-2's pre-tokenizer with possessive runs, which match the same and backtrack less
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _NO_CHARACTER = 2**32 - 1
 _NO_BYTE = 255
 
@@ -52,6 +44,12 @@ class UnknownCharacter(UserError):
         self.character, self.text, self.offset = character, text, offset
         super().__init__(unknown_character(character, f"offset {offset:,}", alphabet=alphabet))
         self.alphabet = alphabet
+
+    def __reduce__(self) -> tuple[Callable[..., UnknownCharacter], tuple[Any, ...]]:
+        again = functools.partial(
+            UnknownCharacter, text=self.text, offset=self.offset, alphabet=self.alphabet
+        )
+        return again, (self.character,)
 
 
 def unknown_character(character: str, place: str, *, alphabet: str) -> str:
@@ -65,14 +63,17 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write(folder: Path, content: bytes, meta: dict[str, Any]) -> None:
+def write_tokenizer(folder: Path, content: bytes, meta: dict[str, Any]) -> None:
+    """Write tokenizer.json and tokenizer.meta.json, which says how to load it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(content)
     meta = meta | {"sha256": _sha256(content)}
     (folder / "tokenizer.meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _known(ids: Iterable[int] | Ids, *, vocab_size: int, end_of_text: int | None) -> Ids:
+def known(
+    ids: Iterable[int] | Ids, *, vocab_size: int, end_of_text: int | None = None
+) -> npt.NDArray[np.uint32]:
     """Ids that stand for text: a padded model may emit ids behind the vocabulary."""
     array = np.asarray(ids, dtype=np.int64)
     if end_of_text is not None:
@@ -106,6 +107,10 @@ class CharTokenizer:
         narrow = np.minimum(self._id_of[:256], _NO_BYTE).astype(np.uint8).tobytes()
         self._byte_ids = narrow if len(alphabet) <= _NO_BYTE else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        has_end = self.end_of_text is not None
+        return functools.partial(CharTokenizer, end_of_text=has_end), (self.alphabet,)
+
     def encode(self, text: str) -> Ids:
         """Raises UnknownCharacter."""
         return self.encode_batch([text])[0]
@@ -127,7 +132,7 @@ class CharTokenizer:
         return _split(ids, [len(text) for text in texts])
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
-        kept = _known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
+        kept = known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
         return self._codes[kept].tobytes().decode("utf-32-le")
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
@@ -135,7 +140,7 @@ class CharTokenizer:
         return np.array(sizes + [0] * (self.vocab_size - len(sizes)), dtype=np.int32)
 
     def save(self, folder: Path) -> None:
-        _write(folder, self._json, {"kind": "char", "name": self.name})
+        write_tokenizer(folder, self._json, {"kind": "char", "name": self.name})
 
     @property
     def sha256(self) -> str:
@@ -146,7 +151,7 @@ class CharTokenizer:
         return json_bytes(
             {c: i for i, c in enumerate(self.alphabet)},
             merges=[],
-            end_of_text=self.end_of_text,
+            special={} if self.end_of_text is None else {END_OF_TEXT: self.end_of_text},
             pre_tokenizer=None,
             decoder={"type": "Fuse"},
         )
@@ -176,6 +181,9 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_text = 256
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByteTokenizer, ()
+
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
@@ -183,14 +191,14 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
-        kept = _known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
+        kept = known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
         return kept.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         return np.array([1] * 256 + [0], dtype=np.int32)
 
     def save(self, folder: Path) -> None:
-        _write(folder, self._json, {"kind": "byte", "name": self.name})
+        write_tokenizer(folder, self._json, {"kind": "byte", "name": self.name})
 
     @property
     def sha256(self) -> str:
@@ -201,83 +209,10 @@ class ByteTokenizer:
         return json_bytes(
             {letter: byte for byte, letter in enumerate(byte_letters())},
             merges=[],
-            end_of_text=self.end_of_text,
+            special={END_OF_TEXT: self.end_of_text},
             pre_tokenizer=byte_level(use_regex=False),
             decoder=byte_level(use_regex=False),
         )
-
-
-@functools.cache
-def gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's byte-pair ranks as they ship in the package. Raises Fault if the file was altered."""
-    content = asset(GPT2_RANKS).read_bytes()
-    if _sha256(content) != GPT2_RANKS_SHA256:
-        raise Fault(
-            f"{GPT2_RANKS}: sha256 {_sha256(content)[:12]} instead of {GPT2_RANKS_SHA256[:12]}; "
-            "the package is damaged: install it again"
-        )
-    pairs = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-
-class Gpt2Tokenizer:
-    """GPT-2's 50,257 tokens, from ranks that ship in the package."""
-
-    name = "gpt2"
-    cut: Cut = "before_space"
-    vocab_size = 50_257
-    end_of_text = 50_256
-
-    def encode(self, text: str) -> Ids:
-        return self._tiktoken.encode_to_numpy(text, disallowed_special=())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Iterable[int] | Ids) -> str:
-        kept = _known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
-        return self._tiktoken.decode(kept.tolist())
-
-    def token_bytes(self) -> npt.NDArray[np.int32]:
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, rank in gpt2_ranks().items():
-            sizes[rank] = len(token)
-        return sizes
-
-    def save(self, folder: Path) -> None:
-        _write(folder, self._json, {"kind": "gpt2", "name": self.name})
-
-    @property
-    def sha256(self) -> str:
-        return _sha256(self._json)
-
-    @functools.cached_property
-    def _tiktoken(self) -> tiktoken.Encoding:
-        import tiktoken
-
-        return tiktoken.Encoding(
-            self.name,
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks=gpt2_ranks(),
-            special_tokens={END_OF_TEXT: self.end_of_text},
-        )
-
-    @property
-    def _json(self) -> bytes:
-        return _gpt2_json()
-
-
-@functools.cache  # recovering the merges takes half a second
-def _gpt2_json() -> bytes:
-    ranks = gpt2_ranks()
-    vocab = {spelled(token): rank for token, rank in ranks.items()}
-    return json_bytes(
-        vocab | {END_OF_TEXT: Gpt2Tokenizer.end_of_text},
-        merges=[(spelled(a), spelled(b)) for a, b in merges_of(ranks)],
-        end_of_text=Gpt2Tokenizer.end_of_text,
-        pre_tokenizer=byte_level(use_regex=True),
-        decoder=byte_level(use_regex=True),
-    )
 
 
 class JsonTokenizer:
@@ -289,7 +224,10 @@ class JsonTokenizer:
         self._rules: dict[str, Any] = json.loads(content)
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = _end_of_text(self._rules["added_tokens"])
-        self.cut: Cut = "before_space" if _is_gpt2_like(self._rules) else "nowhere"
+        self.cut: Cut = "before_space" if _is_cuttable(self._rules) else "nowhere"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(JsonTokenizer, name=self.name), (self._json,)
 
     def encode(self, text: str) -> Ids:
         return self.encode_batch([text])[0]
@@ -299,7 +237,7 @@ class JsonTokenizer:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
-        kept = _known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
+        kept = known(ids, vocab_size=self.vocab_size, end_of_text=self.end_of_text)
         return self._library.decode(kept.tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
@@ -313,7 +251,7 @@ class JsonTokenizer:
         return sizes
 
     def save(self, folder: Path) -> None:
-        _write(folder, self._json, {"kind": "json", "name": self.name})
+        write_tokenizer(folder, self._json, {"kind": "json", "name": self.name})
 
     @property
     def sha256(self) -> str:
@@ -336,16 +274,25 @@ def _end_of_text(added_tokens: list[dict[str, Any]]) -> int | None:
     return next((ids[name] for name in names if name in ids), None)
 
 
-def _is_gpt2_like(rules: dict[str, Any]) -> bool:
-    """Whether the proof in `pieces` holds: GPT-2's pre-tokenizer and nothing before it."""
-    before = rules["pre_tokenizer"] or {}
+def _is_cuttable(rules: dict[str, Any]) -> bool:
+    """Whether the proof in `pieces` holds: GPT-2's or GPT-4's split, and nothing before it."""
+    splits = (GPT2_SPLIT.pre_tokenizer, GPT4_SPLIT.pre_tokenizer)
     return (
-        before.get("type") == "ByteLevel"
-        and before.get("use_regex", True)
-        and not before.get("add_prefix_space", True)
+        _settled(rules["pre_tokenizer"]) in [_settled(split) for split in splits]
         and rules["normalizer"] is None
         and all(token["special"] for token in rules["added_tokens"])
     )
+
+
+def _settled(rules: Any) -> Any:
+    """A pre-tokenizer's setting with what is not said in it, without what splits nothing."""
+    if isinstance(rules, list):
+        return [_settled(rule) for rule in rules]
+    if not isinstance(rules, dict):
+        return rules
+    if rules.get("type") == "ByteLevel":
+        rules = {"use_regex": True} | rules
+    return {key: _settled(value) for key, value in rules.items() if key != "trim_offsets"}
 
 
 def _spelled_bytes(token: str, *, bytewise: bool) -> int:

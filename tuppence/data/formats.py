@@ -69,11 +69,12 @@ class Meter:
 
     finished_bytes: int = 0
     reading: BinaryIO | None = field(default=None, repr=False)
-    began_bytes: int = 0
+    span: tuple[int, int] = (0, 0)  # of the part that is being read
 
     @property
     def done_bytes(self) -> int:
-        here = self.reading.tell() - self.began_bytes if self.reading else 0
+        start, end = self.span
+        here = min(self.reading.tell(), end) - start if self.reading else 0
         return self.finished_bytes + max(0, here)
 
 
@@ -101,7 +102,8 @@ def read_items(
     Raises UserError for a file that cannot be read, or not as what it says it is.
     """
     with open_input(file) as raw:
-        meter.reading, meter.began_bytes = raw, part.nth * file.bytes // part.of
+        start, end = part.span(file.bytes)
+        meter.reading, meter.span = raw, (start, end)
         try:
             if file.kind == "parquet":
                 yield from _rows(file, raw, part, text_field=text_field)
@@ -109,7 +111,7 @@ def read_items(
                 yield from _json_lines(file, raw, part)
             else:
                 yield from _text(file, raw, part, cut=cut)
-            meter.finished_bytes += file.bytes // part.of
+            meter.finished_bytes += end - start
         finally:
             meter.reading = None
 
@@ -150,7 +152,7 @@ def _blocks(file: InputFile, raw: BinaryIO) -> Iterator[bytes]:
 
 def _json_lines(file: InputFile, raw: BinaryIO, part: Part) -> Iterator[Item]:
     """Lines that are not blank; those that begin in this part of the file."""
-    start, end = (index * file.bytes // part.of for index in (part.nth, part.nth + 1))
+    start, end = part.span(file.bytes)
     raw.seek(max(0, start - 1))  # where a newline stands before `start`, a line begins there
     lines = _lines(_blocks(file, raw), at=max(0, start - 1))
     if start:

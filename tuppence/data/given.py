@@ -1,8 +1,9 @@
-"""Tokens that are there already: read where they lie, and written for other projects.
+"""Tokens that are there already, read where they lie. (`export` writes them for others.)
 
     a folder or bucket with a manifest.json     what `tuppence prepare` made, here or elsewhere
     train.bin, val.bin                          nanoGPT: uint16, no header
     *train*.bin, *val*.bin                      llm.c and modded-nanogpt: a header, then tokens
+                                            (of the two words, the last in a name counts)
 
 Which tokenizer made them no such file says; `data.tokenizer` does. Their tokens are counted once,
 hashed on the way, and never copied: the manifest names the files where they are.
@@ -13,8 +14,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +25,26 @@ import numpy as np
 import numpy.typing as npt
 
 from tuppence import config
-from tuppence.data.cache import BUCKET, Bucket
+from tuppence.data.cache import BUCKET, Bucket, load_bucket
 from tuppence.data.inputs import kind_of
 from tuppence.data.shards import (
     MANIFEST,
     MANIFEST_VERSION,
+    REMEDY,
     Input,
     Manifest,
     Shard,
+    Tokens,
     load_manifest,
     open_shard,
     parse_manifest,
 )
-from tuppence.data.sources import slug_of
+from tuppence.data.sources import MAGIC, slug_of
 from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec, spec_identity
-from tuppence.errors import UserError
-from tuppence.files import file_sha256, write_whole
-from tuppence.store import Store, is_url
+from tuppence.errors import Fault, UserError
+from tuppence.files import file_sha256, locked, write_whole
+from tuppence.store import Away, Store, is_url
 
-FORMATS = ("nanogpt", "llmc")
 SPLITS = ("train", "val")
 GPT2_BYTES = 4.3  # that a token of English stands for, where nobody has counted
 BUCKETS = ("s3", "gs", "file", "memory")
@@ -52,6 +56,7 @@ _PROOF = 10_000  # characters that show whose tokens they are
 class Glance:
     """What a look at such a source tells: exact where a manifest says it."""
 
+    tokenizer: str
     train_tokens: int
     val_tokens: int
     vocab_size: int
@@ -69,13 +74,24 @@ class Counted:
 
 def token_files(source: str) -> list[Path]:
     """The files of tokens that a source names, training first; none where it names something
-    else."""
-    if "://" in source:
+    else. Raises UserError where a part of a list is not there, or a split has no file."""
+    if is_url(source):
         return []
-    found = [path for part in source.split(",") for path in _of(part.strip())]
+    parts = [source] if os.path.exists(Path(source).expanduser()) else source.split(",")
+    named = {part: _of(part) for part in map(str.strip, parts) if part}
+    found = [path for paths in named.values() for path in paths]
     if not found or any(path.suffix != ".bin" for path in found):
         return []
-    return sorted(found, key=lambda path: ("val" in path.name, path))
+    lost = next((part for part, paths in named.items() if not paths), None)
+    if lost is not None:
+        raise UserError(f"data.source {lost!r}: no tokens there, as there are in the others")
+    splits = {_split_of(path) for path in found}
+    for split, purpose in zip(SPLITS, ("training", "validation"), strict=True):
+        if split not in splits:
+            raise UserError(
+                f"data.source={source}: no file for {purpose}, with {split} in its name"
+            )
+    return sorted(found, key=lambda path: (_split_of(path) == "val", path))
 
 
 def given(source: str, tokenizer: str | None, root: Path, *, cache_bytes: int) -> Path | None:
@@ -87,14 +103,9 @@ def given(source: str, tokenizer: str | None, root: Path, *, cache_bytes: int) -
     manifest = _manifest_of(source)
     if manifest is not None:
         _check_tokenizer(source, manifest, tokenizer)
-        if not is_url(source):
-            return Path(source).expanduser()
-        url = source.rstrip("/")
-        name = url.rpartition("/")[2]
-        folder = root / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-        if not folder.exists():
-            stand_in(folder, Store(url), manifest.to_json().encode(), cache_bytes=cache_bytes)
-        return folder
+        if is_url(source):
+            return _on_bucket(source.rstrip("/"), manifest, root, cache_bytes)
+        return Path(source).expanduser()
     files = token_files(source)
     return _counted(source, files, tokenizer or "gpt2", root) if files else None
 
@@ -105,15 +116,15 @@ def glance(source: str, tokenizer: str | None) -> Glance | None:
     if manifest is not None:
         _check_tokenizer(source, manifest, tokenizer)
         sizes = (manifest.train_tokens, manifest.val_tokens, manifest.vocab_size)
-        return Glance(*sizes, manifest.bytes_per_token, exact=True)
+        return Glance(manifest.tokenizer, *sizes, manifest.bytes_per_token, exact=True)
     files = token_files(source)
     if not files:
         return None
     made = _tokenizer(source, files, tokenizer or "gpt2")
-    counts = [(len(open_shard(path)), "val" in path.name) for path in files]
-    train, val = (sum(count for count, is_val in counts if is_val == which) for which in (0, 1))
+    counts = [(len(_tokens(path)), _split_of(path)) for path in files]
+    train, val = (sum(count for count, of in counts if of == split) for split in SPLITS)
     mean_bytes = float(made.token_bytes().mean()) if made.vocab_size < 1000 else GPT2_BYTES
-    return Glance(train, val, made.vocab_size, mean_bytes, exact=False)
+    return Glance(made.name, train, val, made.vocab_size, mean_bytes, exact=False)
 
 
 def stand_in(folder: Path, store: Store, manifest: bytes, *, cache_bytes: int) -> None:
@@ -128,24 +139,68 @@ def stand_in(folder: Path, store: Store, manifest: bytes, *, cache_bytes: int) -
     aside.rename(folder)
 
 
+def _on_bucket(url: str, manifest: Manifest, root: Path, cache_bytes: int) -> Path:
+    """The folder that stands here for one there; another content there is another folder."""
+    content, store = manifest.to_json().encode(), Store(url)
+    key = hashlib.sha256(url.encode() + content).hexdigest()
+    folder = root / f"{url.rpartition('/')[2]}-{key[:8]}"
+    with locked(root / f".{folder.name}.lock", on_wait=lambda: None), _told(store):
+        if not folder.exists():
+            stand_in(folder, store, content, cache_bytes=cache_bytes)
+        elif load_bucket(folder) != Bucket(url, cache_bytes):
+            write_whole(folder / BUCKET, config.to_json(Bucket(url, cache_bytes)).encode())
+    return folder
+
+
 def _manifest_of(source: str) -> Manifest | None:
-    """Of a folder here or on a bucket that has one."""
+    """Of a folder here or on a bucket that has one. What others call so is none."""
     if not is_url(source):
         path = Path(source).expanduser() / MANIFEST
-        return load_manifest(path.parent) if path.is_file() else None
-    if source.partition("://")[0] not in BUCKETS or kind_of(source) or "*" in source:
+        ours = os.path.isfile(path) and _is_ours(path.read_bytes())
+        return load_manifest(path.parent) if ours else None
+    protocol, _, rest = source.partition("://")
+    if protocol not in BUCKETS or kind_of(source) or MAGIC.search(source) or "," in rest:
         return None
     store = Store(source)
     store.reach()
-    content = store.read(MANIFEST)
-    return None if content is None else parse_manifest(content, f"{source}/{MANIFEST}")
+    with _told(store):
+        content = store.read(MANIFEST)
+    if content is None or not _is_ours(content):
+        return None
+    return parse_manifest(content, f"{store.url}/{MANIFEST}")
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether a manifest.json tells of shards; one that cannot be read may have."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return True
+    return isinstance(found, dict) and {"version", "tokenizer", "shards"} <= found.keys()
+
+
+@contextmanager
+def _told(store: Store) -> Iterator[None]:
+    """One line for a person where a bucket does not answer, or has not all."""
+    try:
+        yield
+    except (Away, FileNotFoundError) as error:
+        raise UserError(f"{store.url}: {store.advice(error)}") from error
 
 
 def _check_tokenizer(source: str, manifest: Manifest, asked: str | None) -> None:
-    kind = manifest.tokenizer.partition(":")[0]
-    if asked is not None and asked != manifest.tokenizer and parse_spec(asked)[0] != kind:
+    """`char` and `char:ALPHABET` are one kind; what a folder holds is not learned anew."""
+    if asked is None or asked == manifest.tokenizer:
+        return
+    kind, _ = parse_spec(asked)
+    same = kind == "char" == manifest.tokenizer
+    if kind == "json":
+        made = build_tokenizer(asked, texts=lambda: iter(()))
+        same = made.sha256 == manifest.tokenizer_sha256
+    if not same:
         raise UserError(
-            f"data.tokenizer={asked}: {source} was made with {manifest.tokenizer}; leave it out"
+            f"data.tokenizer={asked}: {source} was made with {manifest.tokenizer}; "
+            "data.tokenizer=none takes that"
         )
 
 
@@ -155,9 +210,12 @@ def _tokenizer(source: str, files: list[Path], spec: str) -> Tokenizer:
     kind, argument = parse_spec(spec)
     text = files[0].with_name("input.txt")
     if kind == "char" and not argument and text.is_file():
-        content = text.read_text(encoding="utf-8")
+        try:
+            content = text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{text}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
         made = build_tokenizer(spec, texts=lambda: iter([content]), single_document=True)
-        tokens = open_shard(files[0])[:_PROOF]
+        tokens = _tokens(files[0])[:_PROOF]
         if not np.array_equal(made.encode(content[: len(tokens)]), tokens):
             raise UserError(f"{files[0]}: not made from {text} by its characters, sorted")
         return made
@@ -169,51 +227,62 @@ def _tokenizer(source: str, files: list[Path], spec: str) -> Tokenizer:
     return build_tokenizer(spec, texts=lambda: iter(()), single_document=kind == "char")
 
 
-def _of(part: str) -> Iterator[Path]:
+def _of(part: str) -> list[Path]:
+    """What a part of a source names, as far as it may be tokens."""
     path = Path(part).expanduser()
-    if not path.is_dir():
-        yield from map(Path, glob.glob(str(path)))
-        return
+    if not os.path.isdir(path):
+        there = os.path.exists(path)
+        return [path] if there else [*map(Path, glob.glob(str(path), recursive=True))]
     found = [each for each in path.glob("*.bin") if "train" in each.name or "val" in each.name]
-    if len({"val" in each.name for each in found}) == 2:  # other .bin files lie beside texts
-        yield from found
+    if len({_split_of(each) for each in found}) == 2:
+        return found
+    texts = any(kind_of(each.name) for each in path.rglob("*"))  # beside them it is something else
+    return [] if texts else found
+
+
+def _split_of(path: Path) -> str:
+    return "val" if path.name.rfind("val") > path.name.rfind("train") else "train"
+
+
+def _tokens(path: Path) -> Tokens:
+    """As shards are opened; the remedy for a broken one is another."""
+    try:
+        return open_shard(path)
+    except Fault as error:
+        remedy = "copy it again, or make it again where it comes from"
+        raise UserError(str(error).replace(REMEDY, remedy)) from None
 
 
 def _counted(source: str, files: list[Path], spec: str, root: Path) -> Path:
     """A folder whose manifest names the files, made now or found."""
     tokenizer = _tokenizer(source, files, spec)
-    if not any("val" in path.name for path in files):
-        raise UserError(f"data.source={source}: no file for validation, with val in its name")
-    if all("val" in path.name for path in files):
-        raise UserError(f"data.source={source}: no file for training; all have val in their names")
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([stamps, spec_identity(spec)]).encode()).hexdigest()
     folder = root / f"{slug_of(source)}-{parse_spec(spec)[0]}-{key[:12]}"
-    if (folder / MANIFEST).exists():
-        return folder
-    counted = [_count(path, tokenizer) for path in files]
-    tokenizer.save(folder / "tokenizer")
-    manifest = _manifest(source, files, counted, tokenizer)
-    write_whole(folder / MANIFEST, manifest.to_json().encode())
+    with locked(root / f".{folder.name}.lock", on_wait=lambda: None):
+        if not (folder / MANIFEST).exists():
+            counted = [_count(path, tokenizer) for path in files]
+            tokenizer.save(folder / "tokenizer")
+            manifest = _manifest(source, files, counted, tokenizer)
+            write_whole(folder / MANIFEST, manifest.to_json().encode())
     return folder
 
 
 def _count(path: Path, tokenizer: Tokenizer) -> Counted:
     """Look at every token once. Raises UserError for one that the tokenizer does not have."""
-    tokens = open_shard(path)
+    tokens = _tokens(path)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _BLOCK_TOKENS):
         block = tokens[start : start + _BLOCK_TOKENS]
-        found = np.bincount(block, minlength=len(counts))
-        if len(found) > len(counts):
+        if int(block.max()) >= len(counts):
             at = start + int(np.argmax(block >= len(counts)))
             raise UserError(
                 f"{path}: token {int(tokens[at]):,} at {at:,}, and {tokenizer.name} has "
                 f"{len(counts):,}; name the tokenizer that made the file (data.tokenizer)"
             )
-        counts += found
-    split = "val" if "val" in path.name else "train"
-    return Counted(Shard(str(path.resolve()), split, len(tokens), file_sha256(path)), counts)
+        counts += np.bincount(block, minlength=len(counts))
+    shard = Shard(str(path.resolve()), _split_of(path), len(tokens), file_sha256(path))
+    return Counted(shard, counts)
 
 
 def _manifest(
@@ -247,7 +316,7 @@ def _manifest(
         bytes=text_bytes,
         bytes_per_token=text_bytes / max(1, train + val),
         val_bytes=val_bytes,
-        val_sha256=_sha256_of(path for path in files if "val" in path.name),
+        val_sha256=_sha256_of(path for path in files if _split_of(path) == "val"),
         split_rule="as the files are named",
         text_field="text",
         max_tokens=None,
@@ -271,45 +340,3 @@ def _sha256_of(paths: Iterable[Path]) -> str:
         for start in range(0, len(tokens), _BLOCK_TOKENS):
             digest.update(tokens[start : start + _BLOCK_TOKENS].astype("<u4").data)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- out
-
-
-def export(folder: Path, manifest: Manifest, *, how: str, out: Path) -> list[Path]:
-    """Write the tokens for another project into `out`. Raises UserError where it cannot hold them.
-
-    nanogpt: train.bin and val.bin; llmc: NAME_train_000000.bin ..., NAME_val_000000.bin ...
-    """
-    if how == "nanogpt" and manifest.vocab_size > 2**16:
-        raise UserError(
-            f"nanoGPT's files hold ids below 65,536, and {manifest.tokenizer} has "
-            f"{manifest.vocab_size:,} of them"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    made = []
-    for split in SPLITS:
-        shards = manifest.of_split(split)
-        if how == "llmc":
-            made += [_copied(folder / s.file, out, split, i) for i, s in enumerate(shards)]
-        else:
-            made.append(_joined([folder / s.file for s in shards], out / f"{split}.bin"))
-    return made
-
-
-def _copied(path: Path, out: Path, split: str, number: int) -> Path:
-    target = out / f"{out.name}_{split}_{number:06d}.bin"
-    shutil.copyfile(path, target.with_suffix(".tmp"))
-    target.with_suffix(".tmp").replace(target)
-    return target
-
-
-def _joined(paths: list[Path], target: Path) -> Path:
-    aside = target.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        for path in paths:
-            tokens = open_shard(path)
-            for start in range(0, len(tokens), _BLOCK_TOKENS):
-                file.write(np.ascontiguousarray(tokens[start : start + _BLOCK_TOKENS], "<u2").data)
-    aside.replace(target)
-    return target

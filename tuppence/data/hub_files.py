@@ -71,9 +71,10 @@ def hub_files(source: str) -> list[InputFile]:
     place = place_of(source)
     with _told(source, place):
         listing = _listed(place)
+        if not listing.files and place.inside:  # no such folder: what is there, then?
+            listing = _listed(place._replace(inside=""))
         if not listing.files and place.revision is None:
-            with_parquet = place._replace(revision=CONVERTED)
-            listing = _listed(with_parquet)
+            listing = _converted(place) or listing
     found = sorted(_chosen(source, place, listing), key=lambda file: file.path)
     if any("partial" in _words(file.path) for file in found) and "partial" not in place.inside:
         raise UserError(
@@ -203,6 +204,16 @@ def _patient(do: Callable[[], Any]) -> Any:
             if pause is None or status not in remote.AGAIN:
                 raise
             time.sleep(pause)
+
+
+def _converted(place: Place) -> Listing | None:
+    """What the Hub made of a dataset that a script reads, where it did."""
+    from huggingface_hub import errors
+
+    try:
+        return _listed(place._replace(revision=CONVERTED))
+    except errors.RevisionNotFoundError:
+        return None
 
 
 def _tree(api: Any, repository: str, sha: str, folder: str) -> list[Any]:

@@ -17,6 +17,7 @@ from tuppence.data import dedup, traits
 from tuppence.data.encode import Job
 from tuppence.data.finish import assemble
 from tuppence.data.inputs import InputFile
+from tuppence.data.learned import BPE_TRAIN_CHARS
 from tuppence.data.lengths import Lengths
 from tuppence.data.reading import sampled
 from tuppence.data.shards import MANIFEST_VERSION, Input, Manifest, token_dtype
@@ -26,7 +27,6 @@ from tuppence.data.sources import source_bytes
 from tuppence.data.split import Asked
 from tuppence.data.stream import Stream
 from tuppence.data.tokenizer import (
-    BPE_TRAIN_CHARS,
     Tokenizer,
     build_tokenizer,
     load_tokenizer,
@@ -152,8 +152,8 @@ def make(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, key: str, say: Say) 
         everything = len(done) == len(stream.slices) and all(each.all for each in done)
         if everything or wanted is None or tokens >= wanted:
             break
-        assert needed is not None
-        needed += wanted - tokens  # what duplicates took is read behind them
+        # what duplicates took is read behind them
+        needed = sum(each.tokens for each in done) + wanted - tokens
     if not tokens:
         raise UserError(
             f"data.source {task.source!r} is empty: there is no text in it; give it some"
@@ -212,7 +212,7 @@ def _manifest(
         bytes_per_token=made.bytes / tokens,
         val_bytes=made.val.bytes,
         val_sha256=made.val.sha256,
-        split_rule=asked.rule(),
+        split_rule=asked.rule(made.val.tokens),
         text_field=options.text_field,
         max_tokens=options.max_tokens,
         seed=options.seed,

@@ -131,6 +131,7 @@ def prepare(
     damaged folder.
     """
     work, place = _work(source, tokenizer, root, options, on_progress)
+    assert options.world == 1, "a rank makes slices: prepare_slices"
     with _alone(work):
         if not fresh and (found := _found(work, place)) is not None:
             return Prepared(work.folder, _checked(work, found), reused=True)

@@ -183,7 +183,7 @@ def patiently(
         except Changed as error:
             raise Fault(f"{shown} is not what it was when it was listed: {_said(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            if _final(error) or closing.is_set():
+            if _final(error):
                 raise Fault(f"{shown} cannot be read: {_said(error)}") from None
             if tried == len(waits):
                 raise Fault(
@@ -191,7 +191,8 @@ def patiently(
                     "can be reached, the same command goes on from where it stopped"
                 ) from None
             asked = getattr(error, "seconds", 0.0)
-            closing.wait(min(max(waits[tried], asked), LONGEST_PAUSE))
+            if closing.wait(min(max(waits[tried], asked), LONGEST_PAUSE)):
+                raise Fault(f"{shown} was closed") from None
     raise AssertionError("the last try returns or raises")
 
 

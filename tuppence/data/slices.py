@@ -25,6 +25,10 @@ class Part(NamedTuple):
     nth: int = 0
     of: int = 1
 
+    def span(self, file_bytes: int) -> tuple[int, int]:
+        """Where it begins and ends in its file."""
+        return self.nth * file_bytes // self.of, (self.nth + 1) * file_bytes // self.of
+
 
 Slice = tuple[Part, ...]
 

@@ -50,12 +50,10 @@ class Asked:
             return Split((0, min(most, tokens - val)), (tokens - val, tokens))
         return Split((val, min(val + most, tokens)), (0, val))
 
-    def rule(self) -> str:
-        """One sentence for the manifest."""
-        if self.val_tokens is not None:
-            size = f"{self.val_tokens:,}"
-        else:
-            size = f"tenth (at most {VAL_MOST:,})" if self.single else f"{self._first():,}"
+    def rule(self, val: int) -> str:
+        """One sentence for the manifest, where `val` tokens came out."""
+        tenth = self.single and self.val_tokens is None
+        size = f"tenth (at most {VAL_MOST:,})" if tenth else f"{val:,}"
         where = "last" if self.single else "first"
         rest = "all the others" if self.max_tokens is None else f"the next {self.max_tokens:,}"
         if self.single and self.max_tokens is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tuppence.data.encode import Encoded, Job, encode_all
 from tuppence.data.formats import Meter
@@ -37,6 +37,7 @@ class Stream:
     on_bad: str
     workers: int
     say: Say
+    _known: list[int] = field(default_factory=lambda: [0])
 
     def done(self) -> list[Done]:
         """How far each slice is, whoever made it."""
@@ -84,6 +85,8 @@ class Stream:
                 self.shelf.look()
             done = self._done(number)
             if done.all:
+                spans = (part.span(self.job.files[part.file].bytes) for part in self.slices[number])
+                meter.finished_bytes += sum(end - start for start, end in spans)
                 continue
             if wanted is not None and self._tokens_before(number + 1) >= wanted:
                 return
@@ -128,7 +131,11 @@ class Stream:
 
     def _tokens_before(self, number: int) -> int:
         """Of the slices before this one, as far as is known here."""
-        return sum(self._done(earlier).tokens for earlier in range(number))
+        known = self._known  # the tokens of the first i slices, which are through
+        while len(known) <= number and (done := self._done(len(known) - 1)).all:
+            known.append(known[-1] + done.tokens)
+        first = min(number, len(known) - 1)
+        return known[first] + sum(self._done(earlier).tokens for earlier in range(first, number))
 
     def _done(self, number: int) -> Done:
         return done_of(self.shelf.folder, number)

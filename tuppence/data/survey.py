@@ -16,16 +16,16 @@ from pathlib import Path
 
 from tuppence.data.corpora import CORPORA, Corpus
 from tuppence.data.documents import Bad, Document, documents_of
-from tuppence.data.formats import Meter
+from tuppence.data.formats import Meter, read_items
 from tuppence.data.inputs import InputFile
 from tuppence.data.pieces import Piece, recut
 from tuppence.data.slices import slices_of
 from tuppence.data.sources import find_files, source_bytes
 from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec
-from tuppence.data.windows import WINDOW_BYTES, windows_of
 from tuppence.errors import UserError
 
-SAMPLE_CHARS = 8_000_000  # at least, of a larger corpus on this disk
+SAMPLE_CHARS = 8_000_000  # of a larger corpus on this disk
+FAR_CHARS = 2_000_000  # of one elsewhere: with what is read ahead, some 8 MB are fetched
 # Bytes per token grow with the logarithm of a learned vocabulary's size: 4.2 for GPT-2's.
 _BYTES_PER_TOKEN_PER_LOG = 0.39
 GPT2_VOCAB = 50257
@@ -50,10 +50,9 @@ def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
     if source in CORPORA and not Path(source).exists():
         return _named(CORPORA[source], tokenizer)
     found = find_files(source)
-    meter = Meter()
-    sample, exact = _sample(found, text_field=text_field, meter=meter)
+    sample, exact, done_bytes = _sample(found, text_field=text_field)
     total_bytes = source_bytes(found)
-    scale = 1.0 if exact else max(1.0, total_bytes / max(1, meter.done_bytes))
+    scale = 1.0 if exact else max(1.0, total_bytes / max(1, done_bytes))
     sample_bytes = sum(len(piece.text.encode("utf-8")) for piece in sample)
     count = max(1, sum(document.last for document in sample))
     single = (exact and count == 1) or [file.kind for file in found] == ["txt"]
@@ -83,7 +82,12 @@ def survey(*, source: str, tokenizer: str, text_field: str = "text") -> Survey:
 def _named(corpus: Corpus, tokenizer: str) -> Survey:
     """A corpus that is known by its name alone; its bytes follow from its tokens."""
     kind, argument = parse_spec(tokenizer)
-    known = {"gpt2": GPT2_VOCAB, "char": len(argument) or corpus.alphabet, "byte": 257}
+    known = {
+        "gpt2": GPT2_VOCAB,
+        "cl100k": 100_277,
+        "char": len(argument) or corpus.alphabet,
+        "byte": 257,
+    }
     if kind == "bpe":
         vocab_size = int(argument)
     elif kind in known:
@@ -110,33 +114,37 @@ def _bytes_per_token(tokenizer: str, vocab_size: int) -> float:
     return _BYTES_PER_TOKEN_PER_LOG * math.log(vocab_size)
 
 
-def _sample(
-    found: list[InputFile], *, text_field: str, meter: Meter
-) -> tuple[list[Document], bool]:
-    """The first windows of what is read, and whether that is all there is: SAMPLE_CHARS of what is
-    here or small, and one window of what would have to be fetched. Raises UserError where every
-    document is broken."""
-    windows = (
-        window
-        for number, part in enumerate(slices_of(found))
-        for window in windows_of(
-            part, number, found, text_field=text_field, cut="anywhere", meter=meter
-        )
+def _sample(found: list[InputFile], *, text_field: str) -> tuple[list[Document], bool, int]:
+    """The first documents, whether they are all there is, and what they have as bytes of the files.
+
+    Of a large input there are SAMPLE_CHARS, or FAR_CHARS where it has to be fetched. Raises
+    UserError where every document is broken.
+    """
+    meter = Meter()
+    items = (
+        item
+        for parts in slices_of(found)
+        for part in parts
+        for item in read_items(found[part.file], part, text_field=text_field, meter=meter)
     )
-    far = any(file.remote for file in found) and source_bytes(found) > WINDOW_BYTES
-    wanted = 1 if far else SAMPLE_CHARS
+    far = any(file.remote for file in found) and source_bytes(found) > SAMPLE_CHARS
+    left = FAR_CHARS if far else SAMPLE_CHARS
     sample: list[Document] = []
     bad: list[Bad] = []
-    with contextlib.closing(windows):
-        for window in windows:
-            for document in documents_of(window.items, found, text_field=text_field):
-                sample += [document] if isinstance(document, Document) else []
-                bad += [document] if isinstance(document, Bad) else []
-            if sum(len(document.text) for document in sample) >= wanted:
-                return sample, not far and next(windows, None) is None
+    with contextlib.closing(items):
+        for item in items:
+            for document in documents_of([item], found, text_field=text_field):
+                if isinstance(document, Bad):
+                    bad.append(document)
+                else:
+                    sample.append(document)
+                    left -= len(document.text)
+            if left <= 0:
+                done_bytes = meter.done_bytes
+                return sample, next(items, None) is None, done_bytes
     if bad and not sample:
         raise UserError(bad[0].message)
-    return sample, True
+    return sample, True, source_bytes(found)
 
 
 def _count(tokenizer: Tokenizer, sample: list[Document], *, documents: int) -> int:

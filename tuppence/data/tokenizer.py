@@ -4,6 +4,7 @@ char            one id per character that the corpus has
 char:ALPHABET   one id per character given (`\n`, `\t`, `\\` are escapes)
 byte            one id per byte
 gpt2            GPT-2's 50,257 tokens
+cl100k          the 100,277 tokens of GPT-4
 bpe:N           N tokens learned from the corpus, the last of them end-of-text
 FOLDER or FILE  a tokenizer.json of the `tokenizers` library
 """
@@ -22,24 +23,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.encoders import (
-    GPT2_RANKS_SHA256,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Ids,
-    JsonTokenizer,
-    codes_of,
-)
+from tuppence.data import learned
+from tuppence.data.encoders import ByteTokenizer, CharTokenizer, Ids, JsonTokenizer, codes_of
 from tuppence.data.pieces import Cut
-from tuppence.data.tokenizer_json import END_OF_TEXT, byte_letters, byte_level, json_bytes
+from tuppence.data.ranked import RankedTokenizer, pairs_of
+from tuppence.data.ranks import PUBLISHED
 from tuppence.errors import Fault, UserError
 
 Texts = Callable[[], Iterator[str]]
 
-# Merges are learned from the start of a corpus: more text changes few of them and costs minutes.
-BPE_TRAIN_CHARS = 200_000_000
-_BPE_SMALLEST = 257
+_PLAIN = ("char", "byte", *PUBLISHED)
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -96,10 +89,10 @@ def build_tokenizer(spec: str, *, texts: Texts, single_document: bool | None = N
         return CharTokenizer(alphabet, end_of_text=not single_document)
     if kind == "byte":
         return ByteTokenizer()
-    if kind == "gpt2":
-        return Gpt2Tokenizer()
+    if kind in PUBLISHED:
+        return RankedTokenizer(kind)
     if kind == "bpe":
-        return _train_bpe(int(argument), texts=texts)
+        return learned.learn(int(argument), texts())
     return _from_json(Path(argument), name=spec)
 
 
@@ -117,15 +110,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _char_from(json.loads(content))
     if meta["kind"] == "byte":
         return ByteTokenizer()
-    if meta["kind"] == "gpt2":
-        return Gpt2Tokenizer()
+    if meta["kind"] in PUBLISHED:
+        return RankedTokenizer(meta["kind"])
+    if meta["kind"] == "bpe":
+        return RankedTokenizer(meta["name"], pairs=pairs_of(json.loads(content)["model"]))
     return JsonTokenizer(content, name=meta["name"])
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
     """(kind, argument) of a spec. Raises UserError for what is none."""
     kind, colon, argument = spec.partition(":")
-    if spec in ("char", "byte", "gpt2"):
+    if spec in _PLAIN:
         return spec, ""
     if kind == "char" and colon:
         return kind, _given_alphabet(argument)
@@ -134,20 +129,22 @@ def parse_spec(spec: str) -> tuple[str, str]:
     path = Path(spec).expanduser()
     if path.exists() or "/" in spec or spec.endswith(".json"):
         return "json", str(path)
-    near = difflib.get_close_matches(spec.lower(), ("char", "byte", "gpt2", "bpe:8192"), n=1)
+    near = difflib.get_close_matches(spec.lower(), (*_PLAIN, "bpe:8192"), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
         f"data.tokenizer {spec!r} is not known; {hint}There are char, char:ALPHABET, byte, gpt2, "
-        "bpe:N and the path of a tokenizer.json"
+        "cl100k, bpe:N and the path of a tokenizer.json"
     )
 
 
 def spec_identity(spec: str) -> str:
-    """What `spec` stands for, for a cache's key: a path by its content, GPT-2 by its ranks."""
+    """What `spec` stands for, for a cache's key: a path by its content, ranks by theirs."""
     kind, argument = parse_spec(spec)
     if kind == "json":
         return f"json:{hashlib.sha256(_read_json(Path(argument))).hexdigest()}"
-    return f"gpt2:{GPT2_RANKS_SHA256}" if kind == "gpt2" else f"{kind}:{argument}"
+    if kind in PUBLISHED:
+        return f"{kind}:{PUBLISHED[kind].sha256}"
+    return learned.identity(argument) if kind == "bpe" else f"{kind}:{argument}"
 
 
 def _given_alphabet(argument: str) -> str:
@@ -163,9 +160,9 @@ def _given_alphabet(argument: str) -> str:
 
 def _bpe_size(spec: str, argument: str) -> int:
     size = int(argument) if argument.isascii() and argument.isdigit() else 0
-    if size < _BPE_SMALLEST:
+    if size < learned.SMALLEST:
         raise UserError(
-            f"data.tokenizer {spec!r}: bpe:N needs a whole number N of at least {_BPE_SMALLEST} "
+            f"data.tokenizer {spec!r}: bpe:N needs a whole number N of at least {learned.SMALLEST} "
             "(256 bytes and end-of-text), such as bpe:8192"
         )
     return size
@@ -191,41 +188,6 @@ def _char_from(rules: dict[str, dict[str, dict[str, int]]]) -> CharTokenizer:
     vocab = rules["model"]["vocab"]
     alphabet = "".join(sorted(vocab, key=vocab.__getitem__))
     return CharTokenizer(alphabet, end_of_text=bool(rules["added_tokens"]))
-
-
-def _train_bpe(vocab_size: int, *, texts: Texts) -> JsonTokenizer:
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-
-    library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=list(byte_letters())
-    )
-    library.train_from_iterator(_up_to(texts(), BPE_TRAIN_CHARS), trainer=trainer)
-    model = json.loads(library.to_str())["model"]
-    if len(model["vocab"]) != vocab_size - 1:
-        most = len(model["vocab"]) + 1
-        raise UserError(
-            f"data.tokenizer bpe:{vocab_size}: the corpus has merges for {most} only; "
-            f"ask for bpe:{most} or fewer, or give more text"
-        )
-    content = json_bytes(
-        model["vocab"] | {END_OF_TEXT: vocab_size - 1},
-        merges=[(first, second) for first, second in model["merges"]],
-        end_of_text=vocab_size - 1,
-        pre_tokenizer=byte_level(use_regex=True),
-        decoder=byte_level(use_regex=True),
-    )
-    return JsonTokenizer(content, name=f"bpe:{vocab_size}")
-
-
-def _up_to(texts: Iterator[str], chars: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        chars -= len(text)
-        if chars <= 0:
-            return
 
 
 def _read_json(path: Path) -> bytes:

@@ -66,25 +66,32 @@ def json_bytes(
     vocab: dict[str, int],
     *,
     merges: list[tuple[str, str]],
-    end_of_text: int | None,
+    special: dict[str, int],
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
 ) -> bytes:
-    """The file's content, the same bytes for the same vocabulary."""
-    special = {
-        "id": end_of_text,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    """The file's content, the same bytes for the same vocabulary.
+
+    A special token that is not in `vocab` must be the next after its last: the library numbers it
+    so, whatever its id here.
+    """
+    added = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token, number in special.items()
+    ]
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [] if end_of_text is None else [special],
+        "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,

@@ -17,6 +17,7 @@ bench/loss_fit.py`, which trains the points; it is not extrapolated further than
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,7 @@ REPEAT_SHARE = 0.25  # of what repeating adds; twice that beyond MANY_EPOCHS
 SAME_SIZE = 0.05  # in log N
 FAR = 10.0  # times outside the points: said in words
 REFIT_RATIO = 10.0  # tokens per parameter: shorter runs are still in the start-up term
+SAMPLE = re.compile(r"_\d+bt$")  # of a corpus: a name's end
 REFIT_PART = 10.0  # a run's tokens over those of the run it may be predicted from
 
 
@@ -150,7 +152,11 @@ def groups() -> dict[str, Group]:
 
 
 def find_group(*, source: str, tokenizer: str, family: str, optimizer: str) -> Group | None:
-    """The group that such a run belongs to; None where its loss is unknown (see `unknown`)."""
+    """The group that such a run belongs to; None where its loss is unknown (see `unknown`).
+
+    A sample of a corpus (fineweb_10bt) has the loss of all of it.
+    """
+    source = SAMPLE.sub("", source)
     for group in groups().values():
         if (group.source, group.tokenizer) != (source, tokenizer):
             continue

@@ -36,6 +36,7 @@ FOREIGN = {  # what a family has no part for
     "looped": ("n_layer", "n_kv_head", *DEPTH_ONLY, *GPT2_ONLY),
 }
 UNEXPORTABLE = ("value_embeddings", "residual_scalars")  # no architecture of transformers has them
+PADDED_TO, PADDED_FROM = 128, 1024  # rows of the head
 LORA_RANK = 32
 R_SIGMA = 0.5  # of a looped model's log-normal number of iterations
 SHORT_WINDOW = 4  # a letter S of model.window_pattern looks at this part of the sequence
@@ -128,6 +129,12 @@ def export_warnings(model: Model) -> list[Warning]:
     return [Warning("not_exportable", message)]
 
 
+def padded(vocab_size: int) -> int:
+    """The rows of the embedding and the head: of a large vocabulary a multiple of 128, which matrix
+    units work in (Karpathy's 50,304 for GPT-2's 50,257); ids beyond the tokenizer's never occur."""
+    return vocab_size if vocab_size < PADDED_FROM else -(-vocab_size // PADDED_TO) * PADDED_TO
+
+
 def shape_of(model: Model, vocab_size: int) -> Shape:
     """The counted shape of a request over a vocabulary of `vocab_size` tokens.
 
@@ -135,7 +142,7 @@ def shape_of(model: Model, vocab_size: int) -> Shape:
     """
     full = laid_out(model)
     check_heads(full)
-    vocab = vocab_size if full.vocab_size is None else full.vocab_size
+    vocab = padded(vocab_size) if full.vocab_size is None else full.vocab_size
     if vocab < vocab_size:
         raise UserError(
             f"model.vocab_size={vocab}: the tokenizer has {vocab_size} tokens; at least that many, "

@@ -11,6 +11,7 @@ measured is an assumption, stands here once with its reason, and docs/prices.md 
 import math
 from dataclasses import dataclass
 
+from tuppence.config import Interval
 from tuppence.errors import UserError
 from tuppence.plan.offers import Offer
 from tuppence.plan.prices import LOCAL, Book, Rate, egress_usd_per_gb, storage_usd_per_gb_month
@@ -46,6 +47,9 @@ TOKENS_PER_SECOND_PER_VCPU = 0.75e6
 MOST_VCPUS = 16  # nobody tried more workers than that
 VCPUS_PER_GPU = 4  # of a GPU machine whose list does not say
 DOWNLOAD_BYTES_PER_SECOND = 100e6  # from a public hub
+# How far both may be off, an 80% interval of a guess: a core of this kind does 3 times as much, and
+# a hub that is far or busy a fifth.
+FASTER, SLOWER = 3.0, 5.0
 DOWNLOADED_BYTES_PER_TOKEN = 3.0  # parquet: FineWeb's 10B-token sample is about 30 GB
 CPU_BOOT_SECONDS = 120.0
 
@@ -132,10 +136,17 @@ def shard_bytes(tokens: int, *, vocab_size: int) -> int:
     return tokens * (2 if vocab_size <= 2**16 else 4)
 
 
-def preparation_seconds(tokens: int, *, vcpus: float) -> float:
-    """download + tokens / (rate x vCPUs): one after the other, as `tuppence prepare` does it."""
-    download = tokens * DOWNLOADED_BYTES_PER_TOKEN / DOWNLOAD_BYTES_PER_SECOND
+def preparation_seconds(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> float:
+    """download + tokens / (rate x vCPUs). `file_bytes` where it is known what is downloaded."""
+    size = tokens * DOWNLOADED_BYTES_PER_TOKEN if file_bytes is None else file_bytes
+    download = size / DOWNLOAD_BYTES_PER_SECOND
     return download + tokens / (TOKENS_PER_SECOND_PER_VCPU * min(vcpus, MOST_VCPUS))
+
+
+def preparation_interval(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> Interval:
+    """`preparation_seconds` with how far it may be off."""
+    mid = preparation_seconds(tokens, vcpus=vcpus, file_bytes=file_bytes)
+    return Interval(mid / FASTER, mid, mid * SLOWER)
 
 
 def lost_share(train_seconds: float, charges: Charges) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
@@ -27,11 +28,15 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = ["One small document.\n", "Zwölf Boxkämpfer jagen Viktor\n\n  quer", "日本語 😀 end"]
 MODULES = {"formats": formats, "slices": slices, "windows": windows, "work": work}
-SMALL = {"slices.SLICE_BYTES": 6_000, "windows.WINDOW_BYTES": 1_500, "work.COMMIT_SECONDS": 0.0}
+SMALL = {"slices.SLICE_BYTES": 6_000, "windows.WINDOW_BYTES": 2_500, "work.COMMIT_SECONDS": 0.0}
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, **other: float) -> None:
-    """Slices and windows so small that a test's corpus has many. Names are `module.CONSTANT`."""
+    """Slices and windows so small that a test's corpus has many. Names are `module.CONSTANT`.
+
+    Each window is committed; waiting for the disk every time is left to the tests that kill.
+    """
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     for name, value in (SMALL | other).items():
         module, _, constant = name.partition(".")
         monkeypatch.setattr(MODULES[module], constant, value)
@@ -40,7 +45,22 @@ def shrink(monkeypatch: pytest.MonkeyPatch, **other: float) -> None:
 def texts(count: int, *, seed: int = 0) -> list[str]:
     """Documents of many lengths, no two of them equal."""
     rng = random.Random(seed)
-    words = "we the of naïve café rain on 日本 tokens 😀 and, then. 1066 it's\n".split(" ")
+    words = [
+        "we",
+        "the",
+        "of",
+        "naïve",
+        "café",
+        "rain",
+        "on",
+        "日本",
+        "tokens",
+        "😀",
+        "and,",
+        "then.",
+        "1066",
+        "it's\n",
+    ]
     return [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(1, 40))) for i in range(count)]
 
 
