@@ -180,6 +180,25 @@ def test_an_end_before_any_step_changes_nothing(tmp_path: Path, asked: dict[str,
             shutil.rmtree(root)
 
 
+def test_a_tokenizer_that_was_half_saved_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "c.jsonl", texts(60))
+    expected = contents(made(path, tmp_path / "whole", tokenizer="char").folder)
+    for turn in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as inner:
+            _kill_at(inner, turn)
+            with pytest.raises(Killed):
+                made(path, tmp_path / "killed", tokenizer="char")
+        (partial,) = (tmp_path / "killed").glob("*.partial")
+        saved = partial / "tokenizer" / "tokenizer.json"
+        assert saved.exists()
+        if not (partial / "tokenizer" / "tokenizer.meta.json").exists():
+            saved.write_bytes(saved.read_bytes()[:20])
+    again = made(path, tmp_path / "killed", tokenizer="char")
+    assert contents(again.folder) == expected
+
+
 def test_ends_one_after_another_still_arrive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

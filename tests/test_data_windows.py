@@ -267,7 +267,7 @@ def test_a_text_that_must_be_seen_whole_has_a_limit(
 ) -> None:
     monkeypatch.setattr(formats, "WHOLE_TEXT_BYTES", 1000)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 500)
-    monkeypatch.setattr(formats, "MOST_BYTES", 5000)
+    monkeypatch.setattr(formats, "MOST_WHOLE", 5000)
     path = tmp_path / "a.txt"
 
     def read() -> list[Item]:

@@ -27,9 +27,10 @@ import numpy.typing as npt
 from tuppence.data import traits
 from tuppence.data.documents import Bad, Document, documents_of
 from tuppence.data.encoders import UnknownCharacter, unknown_character
+from tuppence.data.formats import MOST_WHOLE
 from tuppence.data.inputs import InputFile
 from tuppence.data.permute import key_of, permuted
-from tuppence.data.pieces import Piece, UnbrokenText, recut, unbroken_text
+from tuppence.data.pieces import Piece, UnbrokenText, batches, recut, unbroken_text
 from tuppence.data.tokenizer import Tokenizer
 from tuppence.data.windows import Window
 from tuppence.errors import Fault, UserError
@@ -119,7 +120,8 @@ def _encode(window: Window) -> Encoded:
 
 def encode_window(window: Window, job: Job) -> Encoded:
     """One window's tokens. Raises UserError where a part of a long text cannot be encoded."""
-    found = list(documents_of(window.items, job.files, text_field=job.text_field))
+    looked = documents_of(window.items, job.files, text_field=job.text_field)
+    found = [_fitting(each, job.tokenizer) for each in looked]
     bad = [each for each in found if isinstance(each, Bad)]
     documents = [
         each for each in (found[i] for i in _order(window, job.seed)) if isinstance(each, Document)
@@ -150,6 +152,14 @@ def encode_window(window: Window, job: Job) -> Encoded:
         keys=traits.keys([d for d in kept if not d.offset], dedup=job.dedup),
         languages=traits.languages(found) if job.languages else Counter(),
     )
+
+
+def _fitting(found: Document | Bad, tokenizer: Tokenizer) -> Document | Bad:
+    """What a tokenizer can take; one that must see texts whole needs 100 bytes a character."""
+    if isinstance(found, Bad) or tokenizer.cut != "nowhere" or len(found.text) <= MOST_WHOLE:
+        return found
+    message = f"{found.shown} has {len(found.text):,} characters; {MOST_WHOLE:,} are the most that "
+    return Bad("too_long", f"{message} {tokenizer.name} can be given at once")
 
 
 def _order(window: Window, seed: int | None) -> Sequence[int]:
@@ -194,15 +204,20 @@ def _ids(documents: list[Document], tokenizer: Tokenizer) -> Iterator[npt.NDArra
     """Long documents are cut, for tokenizers are slow and hungry on them."""
     whole = [Piece(document.text, i, 0, True) for i, document in enumerate(documents)]
     pieces = list(recut(whole, cut=tokenizer.cut))
-    try:
-        arrays = tokenizer.encode_batch([piece.text for piece in pieces])
-    except UnknownCharacter as error:
-        error.offset += pieces[error.text].offset
-        raise
-    encoded = zip(pieces, arrays, strict=True)
+    encoded = itertools.chain.from_iterable(
+        zip(batch, _encode_batch(batch, tokenizer), strict=True) for batch in batches(pieces)
+    )
     for _, group in itertools.groupby(encoded, key=lambda pair: pair[0].document):
         parts = [ids for _, ids in group]
         yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _encode_batch(batch: list[Piece], tokenizer: Tokenizer) -> list[npt.NDArray[np.uint32]]:
+    try:
+        return tokenizer.encode_batch([piece.text for piece in batch])
+    except UnknownCharacter as error:
+        error.offset += batch[error.text].offset
+        raise
 
 
 def _utf8_bytes(text: str) -> int:

@@ -27,6 +27,7 @@ from tuppence.data.tokenizer_json import (
     unspelled,
 )
 from tuppence.errors import UserError
+from tuppence.files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,7 +69,7 @@ def write_tokenizer(folder: Path, content: bytes, meta: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(content)
     meta = meta | {"sha256": _sha256(content)}
-    (folder / "tokenizer.meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_whole(folder / "tokenizer.meta.json", json.dumps(meta, indent=1).encode())
 
 
 def known(

@@ -27,7 +27,8 @@ from tuppence.data.slices import Part
 from tuppence.errors import UserError
 
 BLOCK_BYTES = 1 << 20
-MOST_BYTES = 1 << 25  # of one line, row, or text that a tokenizer must see whole
+MOST_BYTES = 1 << 25  # of one line or row
+MOST_WHOLE = 1 << 22  # characters of a text that a tokenizer must see whole: it takes 500 MB
 WHOLE_TEXT_BYTES = 1 << 22  # a longer .txt comes in pieces
 PARQUET_ROWS = 256
 ITEM_BYTES = 200  # that Python takes for an item besides what is in it
@@ -284,9 +285,9 @@ def _decoded(file: InputFile, blocks: Iterator[bytes]) -> Iterator[Piece]:
 def _checked(file: InputFile, pieces: Iterator[Piece], *, cut: Cut) -> Iterator[Piece]:
     """The pieces; a text that must be held whole may not be too long for that."""
     for piece in pieces:
-        if cut == "nowhere" and piece.offset > MOST_BYTES:
+        if cut == "nowhere" and piece.offset > MOST_WHOLE:
             raise UserError(
-                f"{file.shown}: longer than {MOST_BYTES:,} characters, and this tokenizer must see "
+                f"{file.shown}: longer than {MOST_WHOLE:,} characters, and this tokenizer must see "
                 "a text whole; split the file"
             )
         yield piece

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from tuppence.data import dedup, traits
@@ -39,6 +41,7 @@ from tuppence.host import usable_cores
 
 # Raise it when this program makes other tokens of the same inputs and options.
 _RECIPE = 2
+LARGE_BYTES = 1 << 23  # from it on, to learn a vocabulary takes memory that is not given back
 SMALL_BYTES = 1 << 20  # below it, a look at languages would take longer than all the rest
 
 Say = Callable[[str, int, int], None]  # a few words, bytes read, tokens made
@@ -99,15 +102,25 @@ def tokenizer_of(task: Task, shelf: Shelf, *, say: Say) -> Tokenizer:
     kind, _ = parse_spec(task.tokenizer)
     if kind == "bpe":
         say("learning the tokenizer from the corpus", 0, 0)
+    if kind == "bpe" and source_bytes(task.files) > LARGE_BYTES:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as child:  # which takes its memory with it
+            tokenizer = child.submit(_built, task).result()
+    else:
+        tokenizer = _built(task)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _built(task: Task) -> Tokenizer:
+    kind, _ = parse_spec(task.tokenizer)
     most = BPE_TRAIN_CHARS if kind == "bpe" else sys.maxsize
 
     def texts() -> Iterator[str]:
         return sampled(task.files, chars=most, text_field=task.options.text_field)
 
     single = task.single if kind == "char" else None
-    tokenizer = build_tokenizer(task.tokenizer, texts=texts, single_document=single)
-    tokenizer.save(folder)
-    return tokenizer
+    return build_tokenizer(task.tokenizer, texts=texts, single_document=single)
 
 
 # ---------------------------------------------------------------- tokens
