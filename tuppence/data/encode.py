@@ -35,6 +35,8 @@ from tuppence.data.tokenizer import Tokenizer
 from tuppence.data.windows import Window
 from tuppence.errors import Fault, UserError
 
+SPREAD_BYTES = 1 << 21  # of input: less than this is done before workers have started
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,30 +72,31 @@ class Encoded:
 def encode_all(
     windows: Iterator[Window], job: Job, *, workers: int
 ) -> Generator[Encoded, None, None]:
-    """The windows encoded, in order. Raises UserError where a long text cannot be encoded, Fault
-    where a worker died."""
-    first = list(itertools.islice(windows, 2))
-    if workers == 1 or len(first) < 2:
-        for window in itertools.chain(first, windows):
+    """The windows encoded, in order; by this process where there is little to do. Raises UserError
+    where a long text cannot be encoded, Fault where a worker died."""
+    if workers == 1 or sum(file.bytes for file in job.files) < SPREAD_BYTES:
+        for window in windows:
             yield encode_window(window, job)
         return
     flying: deque[Future[Encoded]] = deque()
     context = multiprocessing.get_context("spawn")  # a fork copies threads' locks, and is Unix's
-    with ProcessPoolExecutor(workers, context, _begin, (job,)) as pool:
-        try:
-            for window in itertools.chain(first, windows):
-                flying.append(pool.submit(_encode, window))
-                if len(flying) > workers + 1:
-                    yield flying.popleft().result()
-            while flying:
+    pool = ProcessPoolExecutor(workers, context, _begin, (job,))
+    try:
+        for _ in range(workers):
+            pool.submit(_ready)  # they start while the first window is read
+        for window in windows:
+            flying.append(pool.submit(_encode, window))
+            if len(flying) > workers + 1:
                 yield flying.popleft().result()
-        except BrokenProcessPool:
-            raise Fault(
-                "a worker process was killed, perhaps for its memory; run the same command to go "
-                "on, with fewer of them (data.workers) where memory is short"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while flying:
+            yield flying.popleft().result()
+    except BrokenProcessPool:
+        raise Fault(
+            "a worker process was killed, perhaps for its memory; run the same command to go on, "
+            "with fewer of them (data.workers) where memory is short"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # they end while the shards are put in place
 
 
 _job: list[Job] = []  # of this worker process; a pool has no other place for it
@@ -105,6 +108,11 @@ def _begin(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers have the cores already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _job[:] = [job]
+
+
+def _ready() -> None:
+    """A worker that has done this has its tokenizer."""
+    _job[0].tokenizer.encode("")
 
 
 def _end_with_parent() -> None:

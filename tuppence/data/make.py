@@ -12,8 +12,10 @@ import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tuppence.data import dedup, traits
 from tuppence.data.encode import Job
@@ -21,6 +23,7 @@ from tuppence.data.finish import assemble
 from tuppence.data.inputs import InputFile
 from tuppence.data.learned import BPE_TRAIN_CHARS
 from tuppence.data.lengths import Lengths
+from tuppence.data.ranks import PUBLISHED
 from tuppence.data.reading import sampled
 from tuppence.data.shards import MANIFEST_VERSION, Input, Manifest, token_dtype
 from tuppence.data.shelf import Shelf
@@ -42,7 +45,6 @@ from tuppence.host import usable_cores
 # Raise it when this program makes other tokens of the same inputs and options.
 _RECIPE = 2
 LARGE_BYTES = 1 << 23  # from it on, to learn a vocabulary takes memory that is not given back
-SMALL_BYTES = 1 << 20  # below it, a look at languages would take longer than all the rest
 
 Say = Callable[[str, int, int], None]  # a few words, bytes read, tokens made
 
@@ -95,7 +97,7 @@ class Task:
 
 
 def tokenizer_of(task: Task, shelf: Shelf, *, say: Say) -> Tokenizer:
-    """The tokenizer, made and saved, or the one that was saved before."""
+    """The tokenizer; one that is learned is saved at once, and found again."""
     folder = shelf.folder / "tokenizer"
     if (folder / "tokenizer.meta.json").exists():
         return load_tokenizer(folder)
@@ -108,8 +110,20 @@ def tokenizer_of(task: Task, shelf: Shelf, *, say: Say) -> Tokenizer:
             tokenizer = child.submit(_built, task).result()
     else:
         tokenizer = _built(task)
-    tokenizer.save(folder)
+    if tokenizer.name not in PUBLISHED:  # whose files take a while to write: that is done beside
+        tokenizer.save(folder)
     return tokenizer
+
+
+@contextmanager
+def _saved(tokenizer: Tokenizer, folder: Path) -> Iterator[None]:
+    """Saved by the end, where it was not before."""
+    with ThreadPoolExecutor(1) as beside:
+        there = (folder / "tokenizer.meta.json").exists()
+        saving = None if there else beside.submit(tokenizer.save, folder)
+        yield
+        if saving is not None:
+            saving.result()
 
 
 def _built(task: Task) -> Tokenizer:
@@ -129,7 +143,6 @@ def _built(task: Task) -> Tokenizer:
 def stream_of(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, say: Say) -> Stream:
     """The slices of the input, those that this machine makes among them."""
     options, slices = task.options, slices_of(task.files)
-    large = source_bytes(task.files) > SMALL_BYTES and not task.single
     job = Job(
         files=task.files,
         text_field=options.text_field,
@@ -137,7 +150,7 @@ def stream_of(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, say: Say) -> St
         dtype=token_dtype(tokenizer.vocab_size),
         seed=options.seed,
         dedup=options.dedup,
-        languages=large and traits.can_tell_languages(),
+        languages=traits.can_tell_languages() and not task.single,
     )
     return Stream(
         slices=slices,
@@ -158,7 +171,8 @@ def make(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, key: str, say: Say) 
     stream = stream_of(task, shelf, tokenizer, say=say)
     wanted = needed = task.split().wanted_tokens()
     while True:
-        stream.fill(needed)
+        with _saved(tokenizer, shelf.folder / "tokenizer"):
+            stream.fill(needed)
         done = [each for each in stream.done() if each.finished]
         unique = _unique(done, shelf, tokenizer) if stream.bands else done
         tokens = sum(each.tokens for each in unique)

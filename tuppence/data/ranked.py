@@ -20,13 +20,12 @@ import numpy.typing as npt
 
 from tuppence.data.encoders import Ids, known, write_tokenizer
 from tuppence.data.pieces import PIECE_CHARS, Cut, Piece, recut
-from tuppence.data.ranks import GPT4_SPLIT, PUBLISHED, published_ranks
+from tuppence.data.ranks import GPT4_SPLIT, PUBLISHED, published_merges, published_ranks
 from tuppence.data.tokenizer_json import (
     END_OF_TEXT,
     byte_letters,
     byte_level,
     json_bytes,
-    merges_of,
     spelled,
 )
 
@@ -123,9 +122,9 @@ class RankedTokenizer:
         )
 
 
-@functools.cache  # recovering the merges takes about a second
+@functools.cache
 def _published_json(name: str) -> bytes:
-    return RankedTokenizer(name)._json_of(merges_of(published_ranks(name)))
+    return RankedTokenizer(name)._json_of(published_merges(name))
 
 
 def tokens_of(pairs: Pairs) -> list[bytes]:

@@ -102,3 +102,12 @@ def published_ranks(name: str) -> dict[bytes, int]:
         )
     pairs = (line.split() for line in content.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def published_merges(name: str) -> list[tuple[bytes, bytes]]:
+    """The merges, in order. Recovering them from ranks (`merges_of`) takes a second, so a file in
+    the package has where each token longer than a byte is joined: a byte for each, by rank."""
+    ranks = published_ranks(name)
+    joined = asset(PUBLISHED[name].file.replace(".tiktoken", ".splits")).read_bytes()
+    tokens = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    return [(token[:at], token[at:]) for token, at in zip(tokens, joined, strict=True)]

@@ -7,11 +7,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tuppence.data.documents import Bad, Document, documents_of
-from tuppence.data.formats import Meter
+from tuppence.data.formats import Meter, read_items
 from tuppence.data.inputs import InputFile
 from tuppence.data.pieces import Cut
 from tuppence.data.slices import Slice, slices_of
-from tuppence.data.windows import windows_of
 from tuppence.errors import UserError
 
 SAMPLED_SLICES = 32  # of a large input, from its beginning to its end
@@ -29,8 +28,8 @@ def documents(
     bad: list[Bad] = []
     good = False
     meter = meter or Meter()
-    for number, slice_ in enumerate(slices_of(files)):
-        for found in _of_slice(slice_, number, files, text_field, cut, meter, bad):
+    for slice_ in slices_of(files):
+        for found in _of_slice(slice_, files, text_field, cut, meter, bad):
             good = True
             yield found
     if bad and not good:
@@ -47,7 +46,7 @@ def sampled(
     chosen = range(0, len(slices), step)
     for number in chosen:
         left = -(-chars // len(chosen))
-        for document in _of_slice(slices[number], number, files, text_field, cut, Meter(), []):
+        for document in _of_slice(slices[number], files, text_field, cut, Meter(), []):
             yield document.text
             left -= len(document.text)
             if left <= 0:
@@ -65,7 +64,6 @@ def has_one_document(files: Sequence[InputFile], *, text_field: str = "text") ->
 
 def _of_slice(
     slice_: Slice,
-    number: int,
     files: Sequence[InputFile],
     text_field: str,
     cut: Cut,
@@ -73,8 +71,10 @@ def _of_slice(
     bad: list[Bad],
 ) -> Iterator[Document]:
     """The documents of a slice; `bad` gets the first of those that are none."""
-    for window in windows_of(slice_, number, files, text_field=text_field, cut=cut, meter=meter):
-        for found in documents_of(window.items, files, text_field=text_field):
+    for part in slice_:
+        items = read_items(files[part.file], part, text_field=text_field, cut=cut, meter=meter)
+        for item in items:
+            (found,) = documents_of([item], files, text_field=text_field)
             if isinstance(found, Document):
                 yield found
             elif not bad:

@@ -30,8 +30,12 @@ def byte_letters() -> tuple[str, ...]:
 
 def spelled(token: bytes) -> str:
     """A token's bytes in the letters of `byte_letters`."""
-    letters = byte_letters()
-    return "".join(letters[byte] for byte in token)
+    return token.decode("latin-1").translate(_letter_table())
+
+
+@functools.cache
+def _letter_table() -> dict[int, str]:
+    return dict(enumerate(byte_letters()))
 
 
 def unspelled(letters: str) -> bytes | None:

@@ -5,7 +5,8 @@ Documents are alike where a key is equal in any band. `exact` has one band, a ha
 deduplicated (Penedo et al. 2024, arXiv:2406.17557): two documents that share a part s of their
 runs are found alike with probability 1 - (1 - s^8)^14, a half at s = 0.68.
 
-MinHash is the library rensa's, the language py3langid's; both come with the extra `corpus`.
+MinHash is the library rensa's, the language that of pycld2, Chrome's detector; both come with the
+extra `corpus`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from tuppence.data.documents import Bad, Document
 from tuppence.errors import UserError
 
 BANDS, ROWS, RUN_WORDS = 14, 8, 5
-LANGUAGE_SAMPLE, LANGUAGE_CHARS = 4, 1_000  # documents of a window, characters of each
-SHORTEST = 20  # characters in which a language can be told
+LANGUAGE_SAMPLE, LANGUAGE_CHARS = 16, 1_000  # documents of a window, characters of each
 _INSTALL = "pip install 'tuppence[corpus]'"
 
 Keys = npt.NDArray[np.uint64]
@@ -38,7 +38,7 @@ def bands_of(dedup: str) -> int:
 
 def can_tell_languages() -> bool:
     """Whether the library is here; where it is not, languages are not measured."""
-    return importlib.util.find_spec("py3langid") is not None
+    return importlib.util.find_spec("pycld2") is not None
 
 
 def keys(documents: Sequence[Document], *, dedup: str) -> Keys:
@@ -70,9 +70,16 @@ def _bands(text: str) -> Keys:
 
 
 def languages(found: Sequence[Document | Bad]) -> Counter[str]:
-    """The languages of the first few documents, by ISO 639-1 code."""
-    import py3langid
+    """The languages of the first few documents, mostly by ISO 639-1 code; `un` is unknown."""
+    import pycld2
 
-    documents = [each for each in found if isinstance(each, Document)]
-    starts = [d.text[:LANGUAGE_CHARS] for d in documents[:LANGUAGE_SAMPLE]]
-    return Counter(py3langid.classify(text)[0] for text in starts if len(text) >= SHORTEST)
+    documents = [each for each in found if isinstance(each, Document)][:LANGUAGE_SAMPLE]
+    counted: Counter[str] = Counter()
+    for document in documents:
+        start = "".join(c if c.isprintable() else " " for c in document.text[:LANGUAGE_CHARS])
+        try:
+            _, _, details = pycld2.detect(start, isPlainText=True)
+        except pycld2.error:  # it is strict about rare code points
+            details = (("Unknown", "un"),)
+        counted[details[0][1]] += 1
+    return counted

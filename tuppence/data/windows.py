@@ -1,6 +1,6 @@
 """Items in windows: what one worker turns into tokens at a time, and within which it is shuffled.
 
-    slice   | window 0 | window 1 | window 2 | ...        8 MiB or so of what was read, each
+    slice   | window 0 | window 1 | window 2 | ...        4 MiB or so of what was read, each
 
 A window ends with the item that fills it, so it follows from the input alone. A long text, which
 comes in pieces, has windows of its own.
@@ -16,7 +16,7 @@ from tuppence.data.inputs import InputFile
 from tuppence.data.pieces import Cut
 from tuppence.data.slices import Slice
 
-WINDOW_BYTES = 1 << 23
+WINDOW_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
