@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tuppence.data import formats, slices, windows, work
+from tuppence.data import encode, formats, slices, windows, work
 from tuppence.data.inputs import InputFile
 from tuppence.data.prepare import Options, Prepared, prepare
 from tuppence.data.shards import open_shard
@@ -27,8 +27,19 @@ from tuppence.data.tokenizer import load_tokenizer
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = ["One small document.\n", "Zwölf Boxkämpfer jagen Viktor\n\n  quer", "日本語 😀 end"]
-MODULES = {"formats": formats, "slices": slices, "windows": windows, "work": work}
-SMALL = {"slices.SLICE_BYTES": 6_000, "windows.WINDOW_BYTES": 2_500, "work.COMMIT_SECONDS": 0.0}
+MODULES = {
+    "encode": encode,
+    "formats": formats,
+    "slices": slices,
+    "windows": windows,
+    "work": work,
+}
+SMALL = {
+    "encode.SPREAD_BYTES": 0,
+    "slices.SLICE_BYTES": 6_000,
+    "windows.WINDOW_BYTES": 2_500,
+    "work.COMMIT_SECONDS": 0.0,
+}
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, **other: float) -> None:
@@ -149,7 +160,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 CHILD = """
 import json, multiprocessing, sys
 from pathlib import Path
-from tuppence.data import formats, slices, windows, work
+from tuppence.data import encode, formats, slices, windows, work
 from tuppence.data.prepare import Options, prepare
 source, tokenizer, root, constants, options = sys.argv[1:]
 for name, value in json.loads(constants).items():

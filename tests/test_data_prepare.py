@@ -363,7 +363,7 @@ def test_progress_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert len(tokenizing) > 5
     for first, second in itertools.pairwise(tokenizing):
         assert first.done_bytes <= second.done_bytes
-        assert first.tokens < second.tokens
+        assert first.tokens <= second.tokens
     assert tokenizing[-1].done_bytes == tokenizing[-1].total_bytes
 
 

@@ -24,7 +24,7 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data import formats, make, traits
+from tuppence.data import formats, traits
 from tuppence.data.documents import Document, documents_of
 from tuppence.data.formats import Item, Meter, TooLong, read_items
 from tuppence.data.inputs import InputFile
@@ -356,33 +356,31 @@ def test_lengths_add_up_in_any_order() -> None:
     assert Lengths().quantile(0.5) == 0
 
 
-@pytest.mark.skipif(not traits.can_tell_languages(), reason="needs py3langid")
+@pytest.mark.skipif(not traits.can_tell_languages(), reason="needs pycld2")
 def test_languages_are_those_of_the_first_of_each_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import py3langid
-
     shrink(monkeypatch)
-    monkeypatch.setattr(make, "SMALL_BYTES", 1000)
-    kinds = [
-        "The rain fell on the old town and nobody minded, for it was the end of summer.",
-        "Der Regen fiel auf die alte Stadt, und niemand störte sich daran.",
-        "La pluie tombait sur la vieille ville et personne ne s'en souciait vraiment.",
-        "short",
-    ]
+    monkeypatch.setattr(traits, "LANGUAGE_SAMPLE", 4)
+    kinds = {
+        "en": "The rain fell on the old town and nobody minded, for it was the end of summer.",
+        "de": "Der Regen fiel auf die alte Stadt, und niemand störte sich daran.",
+        "fr": "La pluie tombait sur la vieille ville et personne ne s'en souciait vraiment.",
+        "ru": "Дождь падал на старый город, и никто не возражал: лето кончалось.",
+        "un": "0123",
+    }
     rng = random.Random(3)
-    path = write(tmp_path / "a.jsonl", [f"{rng.choice(kinds)} {i}" for i in range(200)])
+    drawn = [rng.choice(list(kinds)) for _ in range(200)]
+    path = write(tmp_path / "a.jsonl", [f"{kinds[kind]}\x00 {i}" for i, kind in enumerate(drawn)])
     prepared = made(path, tmp_path)
     counted: Counter[str] = Counter()
     for window in windows([file_of(path)]):
         for item in window.items[:4]:
             assert isinstance(item.content, bytes)
-            text = json.loads(item.content)["text"]
-            counted.update([py3langid.classify(text)[0]] * (len(text) >= 20))
-    shares = {name: round(n / counted.total(), 4) for name, n in counted.most_common()}
-    assert prepared.manifest.languages == shares
-    assert set(shares) == {"en", "de", "fr"}
-    again = made(path, tmp_path / "small", tokenizer="char")
-    assert again.manifest.languages == shares
-    monkeypatch.setattr(make, "SMALL_BYTES", 10**9)
+            number = int(json.loads(item.content)["text"].rpartition(" ")[2])
+            counted[drawn[number]] += 1
+    assert prepared.manifest.languages == {
+        name: round(n / counted.total(), 4) for name, n in counted.most_common()
+    }
+    monkeypatch.setattr(traits, "can_tell_languages", lambda: False)
     assert made(path, tmp_path / "unasked").manifest.languages is None

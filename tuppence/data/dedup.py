@@ -9,7 +9,7 @@ on nothing but the stream, and one band at a time is in memory (16 bytes a docum
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,32 +68,42 @@ def _cleaned(
 ) -> Done:
     """The slice's shards without the documents that are `gone`."""
     starts = np.append(rows[:, 0], np.uint64(done.tokens)).astype(np.int64)
-    dropped = np.zeros(done.tokens, dtype=bool)
-    for index in np.flatnonzero(gone):
-        dropped[starts[index] : starts[index + 1]] = True
-    parts, dropped_bytes, begin = [], 0, 0
+    spans = [(starts[index], starts[index + 1]) for index in np.flatnonzero(gone)]
+    parts, dropped, dropped_bytes, begin = [], 0, 0, 0
     for part in done.parts:
-        here = dropped[begin : begin + part.tokens]
-        begin += part.tokens
         tokens = open_shard(shelf.need(part.file, part.sha256))
-        dropped_bytes += int(token_bytes[tokens[here]].sum(dtype=np.int64))
-        parts.append(_write(part, np.asarray(tokens[~here]), shelf.folder))
+        cuts = np.clip(np.array(spans).reshape(-1, 2) - begin, 0, part.tokens)
+        begin += part.tokens
+        for first, stop in cuts:
+            dropped += int(stop - first)
+            dropped_bytes += int(token_bytes[tokens[first:stop]].sum(dtype=np.int64))
+        borders = np.concatenate([[0], cuts.ravel(), [part.tokens]]).reshape(-1, 2)
+        kept = (tokens[first:stop] for first, stop in borders)
+        count = int((borders[:, 1] - borders[:, 0]).sum())
+        parts.append(_write(part, kept, count, tokens.dtype, shelf.folder))
     shelf.keep(part.file for part in parts)
     return replace(
         done,
         parts=tuple(part for part in parts if part.tokens),
-        tokens=done.tokens - int(dropped.sum()),
+        tokens=done.tokens - dropped,
         documents=done.documents - int(gone.sum()),
         bytes=done.bytes - dropped_bytes,
     )
 
 
-def _write(part: Part, tokens: npt.NDArray[Any], folder: Path) -> Part:
+def _write(
+    part: Part,
+    kept: Iterable[npt.NDArray[Any]],
+    count: int,
+    dtype: np.dtype[Any],
+    folder: Path,
+) -> Part:
     path = folder / part.file.replace("slice_", "slice_unique_")
     with path.open("wb") as file:
-        file.write(header(dtype=tokens.dtype, count=len(tokens)))
-        file.write(tokens.data)
+        file.write(header(dtype=dtype, count=count))
+        for tokens in kept:
+            file.write(np.ascontiguousarray(tokens).data)
         file.flush()
         os.fsync(file.fileno())
-    assert path.stat().st_size == HEADER_BYTES + tokens.nbytes
-    return Part(path.name, len(tokens), file_sha256(path))
+    assert path.stat().st_size == HEADER_BYTES + count * dtype.itemsize
+    return Part(path.name, count, file_sha256(path))

@@ -37,6 +37,8 @@ from tuppence.files import file_sha256, locked, try_lock, write_whole
 from tuppence.host import usable_cores
 from tuppence.store import Store
 
+ON_BAD = ("refuse", "skip")
+
 __all__ = ["Options", "Prepared", "Progress", "Survey", "prepare", "prepare_slices", "survey"]
 
 
@@ -217,6 +219,8 @@ def _check_options(options: Options) -> None:
         raise UserError(
             f"rank {options.rank} of {options.world}: ranks are 0 to {options.world - 1}"
         )
+    if options.on_bad not in ON_BAD:
+        raise UserError(f"data.on_bad={options.on_bad}: {' or '.join(ON_BAD)}")
     traits.bands_of(options.dedup)
 
 
@@ -304,7 +308,8 @@ def _begun(work: _Work, *, fresh: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not any(folder.glob("slice_*.json")):
+        alone = not list(folder.parent.glob(f".{work.folder.name}.rank*.lock"))
+        if alone and not any(folder.glob("slice_*.json")):
             shutil.rmtree(folder)
         raise
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from tuppence.data.encode import Encoded, Job, encode_all
@@ -52,7 +52,8 @@ class Stream:
         meter, read = Meter(), deque[int]()
         writer: SliceWriter | None = None
         tokens = before = 0
-        encoding = encode_all(self._windows(wanted, meter, read), self.job, workers=self.workers)
+        windows = self._windows(wanted, meter, read)
+        encoding = encode_all(windows, self.job, workers=self.workers)
         try:
             for encoded in encoding:
                 if writer is None or writer.done.slice != encoded.slice:
@@ -67,6 +68,8 @@ class Stream:
                 if wanted is not None and tokens >= wanted:
                     break
             full = wanted is not None and tokens >= wanted
+            if not full:
+                self.say(meter.done_bytes, tokens)
             self._end(writer, all_=not full)
             self._end_read(read, before=0 if full else len(self.slices))
             for number in self.mine:  # a kill came when it had all that is wanted of it
@@ -75,10 +78,13 @@ class Stream:
                     self._end(self._writer(number), all_=False)
         finally:
             encoding.close()
+            windows.close()
             if writer is not None:
                 writer.close()
 
-    def _windows(self, wanted: int | None, meter: Meter, read: deque[int]) -> Iterator[Window]:
+    def _windows(
+        self, wanted: int | None, meter: Meter, read: deque[int]
+    ) -> Generator[Window, None, None]:
         """What is left to encode; `read` gets the slices that were read to their end."""
         for number in self.mine:
             if wanted is not None:

@@ -30,10 +30,14 @@ Keys = npt.NDArray[np.uint64]
 
 
 def bands_of(dedup: str) -> int:
-    """How many keys a document has. Raises UserError where a library is missing."""
+    """How many keys a document has. Raises UserError for what is no kind of it, and where a library
+    is missing."""
+    kinds = {"none": 0, "exact": 1, "near": BANDS}
+    if dedup not in kinds:
+        raise UserError(f"data.dedup={dedup}: one of {', '.join(kinds)}")
     if dedup == "near" and importlib.util.find_spec("rensa") is None:
         raise UserError(f"data.dedup=near needs a library that is not installed: {_INSTALL}")
-    return {"none": 0, "exact": 1, "near": BANDS}[dedup]
+    return kinds[dedup]
 
 
 def can_tell_languages() -> bool:
