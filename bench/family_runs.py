@@ -17,9 +17,9 @@ from peer_nanochat import Peer
 from tuppence import evals
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
-from tuppence.data.tokenizer import load_tokenizer
 from tuppence.host import code_sha256
 from tuppence.model import build
+from tuppence.tokenizer.spec import load_tokenizer
 from tuppence.train.optim import optimizers_of
 from tuppence.train.schedule import factor
 from tuppence.train.step import micro_batches, train_step

@@ -90,7 +90,7 @@ class Place:
 
     def _give_text(self) -> None:
         """What their scripts would download, where they look for it first."""
-        from tuppence.data.sources import asset
+        from tuppence.files import asset
 
         data = self.llmc / "dev/data/tinyshakespeare"
         data.mkdir()
@@ -104,8 +104,8 @@ class Place:
 
     def theirs(self, script: Path, *words: str) -> str:
         """What a checkout's own script prints."""
-        from tuppence.data.ranks import GPT2
-        from tuppence.data.sources import asset
+        from tuppence.files import asset
+        from tuppence.tokenizer.ranks import GPT2
 
         driver = self.folder / "driver.py"
         driver.write_text(DRIVER, encoding="utf-8")

@@ -103,7 +103,7 @@ def compare_gpt2(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def compare_char(arguments: argparse.Namespace, *, copies: int) -> dict[str, object]:
-    from tuppence.data.sources import asset
+    from tuppence.files import asset
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "shakespeare.txt"

@@ -87,8 +87,8 @@ def can_run(python: str) -> bool:
 
 def _driven(scripts: dict[str, str], corpus: Path, python: str) -> Measured:
     """The first of the scripts, in a folder of its own."""
-    from tuppence.data.ranks import GPT2
-    from tuppence.data.sources import asset
+    from tuppence.files import asset
+    from tuppence.tokenizer.ranks import GPT2
 
     with tempfile.TemporaryDirectory() as folder:
         for name, content in ({"driver.py": DRIVER} | scripts).items():

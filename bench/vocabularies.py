@@ -24,12 +24,12 @@ from pathlib import Path
 
 from common import machine, middle
 
-from tuppence.data.compression import compression, table
-from tuppence.data.encoders import JsonTokenizer
-from tuppence.data.pieces import Piece, recut
-from tuppence.data.reading import documents
-from tuppence.data.sources import find_files
-from tuppence.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from tuppence.text.reading import documents
+from tuppence.text.sources import find_files
+from tuppence.tokenizer.compression import compression, table
+from tuppence.tokenizer.kinds import JsonTokenizer
+from tuppence.tokenizer.pieces import Piece, recut
+from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, load_tokenizer
 
 BATCH = 64
 

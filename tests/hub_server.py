@@ -213,7 +213,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")
     from huggingface_hub import close_session, constants
 
-    from tuppence.data import remote
+    from tuppence.text import remote
 
     monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -17,12 +17,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tuppence.data import encode, formats, slices, windows, work
-from tuppence.data.inputs import InputFile
+from tuppence.data import encode, work
 from tuppence.data.prepare import Options, Prepared, prepare
 from tuppence.data.shards import open_shard
-from tuppence.data.sources import find_files
-from tuppence.data.tokenizer import load_tokenizer
+from tuppence.text import formats, slices, windows
+from tuppence.text.inputs import InputFile
+from tuppence.text.sources import find_files
+from tuppence.tokenizer.spec import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -160,7 +161,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 CHILD = """
 import json, multiprocessing, sys
 from pathlib import Path
-from tuppence.data import encode, formats, slices, windows, work
+from tuppence.data import encode, work
+from tuppence.text import formats, slices, windows
 from tuppence.data.prepare import Options, prepare
 source, tokenizer, root, constants, options = sys.argv[1:]
 for name, value in json.loads(constants).items():

@@ -23,8 +23,8 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data import documents, formats
 from tuppence.errors import UserError
+from tuppence.text import documents, formats
 
 GOOD = [f"a good document, number {i}" for i in range(6)]
 

@@ -22,11 +22,12 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data import formats, traits
+from tuppence.data import traits
 from tuppence.data.dedup import duplicates
-from tuppence.data.documents import Document
 from tuppence.data.shards import verify
 from tuppence.errors import UserError
+from tuppence.text import formats
+from tuppence.text.documents import Document
 
 near = pytest.mark.skipif(
     traits.importlib.util.find_spec("rensa") is None, reason="needs rensa (extra corpus)"

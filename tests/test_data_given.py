@@ -26,12 +26,12 @@ from tuppence.data import export, given
 from tuppence.data.given import token_files
 from tuppence.data.loader import Loader
 from tuppence.data.shards import Manifest, load_manifest, open_shard
-from tuppence.data.sources import asset
-from tuppence.data.tokenizer import build_tokenizer, load_tokenizer
 from tuppence.errors import UserError
+from tuppence.files import asset
 from tuppence.folder import RunFolder
 from tuppence.plan.hardware import Calibration
 from tuppence.store import Away, Store
+from tuppence.tokenizer.spec import build_tokenizer, load_tokenizer
 
 pytest_plugins = ["bucket_places"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tuppence.data import corpora
-from tuppence.data.corpora import CORPORA
-from tuppence.data.hub_files import hub_files, place_of
-from tuppence.data.sources import find_files
 from tuppence.errors import UserError
+from tuppence.text import corpora
+from tuppence.text.corpora import CORPORA
+from tuppence.text.hub_files import hub_files, place_of
+from tuppence.text.sources import find_files
 
 if TYPE_CHECKING:
     from hub_server import Hub

@@ -35,7 +35,6 @@ from small_corpora import (
 )
 
 from tuppence.data.prepare import Options, Prepared, Progress, prepare, survey
-from tuppence.data.ranks import GPT2_SPLIT, published_ranks
 from tuppence.data.shards import (
     MANIFEST,
     Manifest,
@@ -46,10 +45,11 @@ from tuppence.data.shards import (
     verify,
     write_shard,
 )
-from tuppence.data.sources import asset
 from tuppence.data.split import VAL_MOST, Asked
-from tuppence.data.tokenizer import load_tokenizer
 from tuppence.errors import Fault, UserError
+from tuppence.files import asset
+from tuppence.tokenizer.ranks import GPT2_SPLIT, published_ranks
+from tuppence.tokenizer.spec import load_tokenizer
 
 # ---------------------------------------------------------------- counts and ids
 

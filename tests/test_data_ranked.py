@@ -17,13 +17,13 @@ import tiktoken
 import tokenizers
 from test_data_tokenizer import ATOMS, HARD, made, shakespeare, texts_of
 
-from tuppence.data import compression, learned, pieces
-from tuppence.data.compression import beside_published, table
-from tuppence.data.encoders import JsonTokenizer, UnknownCharacter
-from tuppence.data.pieces import Piece, UnbrokenText, recut
-from tuppence.data.ranks import GPT4_SPLIT, PUBLISHED, published_ranks
-from tuppence.data.tokenizer import build_tokenizer, load_tokenizer, spec_identity
-from tuppence.data.tokenizer_json import byte_level
+from tuppence.tokenizer import compression, learned, pieces
+from tuppence.tokenizer.compression import beside_published, table
+from tuppence.tokenizer.json_file import byte_level
+from tuppence.tokenizer.kinds import JsonTokenizer, UnknownCharacter
+from tuppence.tokenizer.pieces import Piece, UnbrokenText, recut
+from tuppence.tokenizer.ranks import GPT4_SPLIT, PUBLISHED, published_ranks
+from tuppence.tokenizer.spec import build_tokenizer, load_tokenizer, spec_identity
 
 LANGUAGES = {
     "russian": "Все счастливые семьи похожи друг на друга, каждая по-своему. Ёлка, съёмка № 5!\n",
@@ -190,8 +190,8 @@ def test_learned_split_is_that_of_gpt4() -> None:
 
 LEARN = """
 import itertools, sys
-from tuppence.data.learned import learn
-from tuppence.data.sources import asset
+from tuppence.tokenizer.learned import learn
+from tuppence.files import asset
 text = asset("shakespeare.txt").read_text(encoding="utf-8")
 texts = [text[i : i + 999] for i in range(0, 300_000, 999)]
 print(learn(1000, texts).sha256, "torch" in sys.modules)

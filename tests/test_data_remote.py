@@ -16,13 +16,13 @@ import pytest
 from small_corpora import hashes, jsonl, made, pack
 
 from tuppence import store
-from tuppence.data import remote
-from tuppence.data.formats import Meter
-from tuppence.data.inputs import InputFile
-from tuppence.data.reading import documents
-from tuppence.data.sources import find_files
 from tuppence.data.survey import survey
 from tuppence.errors import Fault, UserError
+from tuppence.text import remote
+from tuppence.text.formats import Meter
+from tuppence.text.inputs import InputFile
+from tuppence.text.reading import documents
+from tuppence.text.sources import find_files
 
 if TYPE_CHECKING:
     from hub_server import Hub

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from small_corpora import TEXTS, pack, write
 
-from tuppence.data import reading
-from tuppence.data.documents import Bad, documents_of
-from tuppence.data.formats import Meter, read_items
-from tuppence.data.inputs import kind_of
-from tuppence.data.pieces import Piece, recut
-from tuppence.data.reading import has_one_document
-from tuppence.data.slices import Part
-from tuppence.data.sources import asset, find_files, slug_of, source_bytes
 from tuppence.errors import UserError
+from tuppence.files import asset
+from tuppence.text import reading
+from tuppence.text.documents import Bad, documents_of
+from tuppence.text.formats import Meter, read_items
+from tuppence.text.inputs import kind_of
+from tuppence.text.reading import has_one_document
+from tuppence.text.slices import Part
+from tuppence.text.sources import find_files, slug_of, source_bytes
+from tuppence.tokenizer.pieces import Piece, recut
 
 
 def documents(source: str, *, text_field: str = "text") -> Iterator[str]:

@@ -15,13 +15,13 @@ import pytest
 import tiktoken
 import tokenizers
 
-from tuppence.data import ranks
-from tuppence.data.pieces import Piece, recut
-from tuppence.data.ranks import GPT2_SPLIT, published_ranks
-from tuppence.data.sources import asset
-from tuppence.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, spec_identity
-from tuppence.data.tokenizer_json import merges_of, spelled
 from tuppence.errors import Fault, UserError
+from tuppence.files import asset
+from tuppence.tokenizer import ranks
+from tuppence.tokenizer.json_file import merges_of, spelled
+from tuppence.tokenizer.pieces import Piece, recut
+from tuppence.tokenizer.ranks import GPT2_SPLIT, published_ranks
+from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, load_tokenizer, spec_identity
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HARD = (

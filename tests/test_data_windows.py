@@ -24,15 +24,16 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data import formats, traits
-from tuppence.data.documents import Document, documents_of
-from tuppence.data.formats import Item, Meter, TooLong, read_items
-from tuppence.data.inputs import InputFile
+from tuppence.data import traits
 from tuppence.data.lengths import Lengths
-from tuppence.data.reading import documents, has_one_document, sampled
-from tuppence.data.slices import SLICE_BYTES, Part, slices_of
-from tuppence.data.windows import WINDOW_BYTES, Window, windows_of
 from tuppence.errors import UserError
+from tuppence.text import formats
+from tuppence.text.documents import Document, documents_of
+from tuppence.text.formats import Item, Meter, TooLong, read_items
+from tuppence.text.inputs import InputFile
+from tuppence.text.reading import documents, has_one_document, sampled
+from tuppence.text.slices import SLICE_BYTES, Part, slices_of
+from tuppence.text.windows import WINDOW_BYTES, Window, windows_of
 
 
 def items(path: Path, *, nth: int = 0, of: int = 1) -> list[Item]:

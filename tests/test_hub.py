@@ -29,9 +29,9 @@ from small_runs import (
 from tuppence import checkpoint, cli, evals
 from tuppence.config import DataPlan
 from tuppence.data.prepare import prepare
-from tuppence.data.tokenizer import build_tokenizer, load_tokenizer
 from tuppence.folder import RunFolder
 from tuppence.plan.hardware import Calibration
+from tuppence.tokenizer.spec import build_tokenizer, load_tokenizer
 from tuppence.workers import Workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks a network

@@ -21,7 +21,6 @@ from tuppence import cli, config, host, origin, pipeline, planning, spending
 from tuppence.config import DataPlan, InitPlan, Model, Plan, Run, Train
 from tuppence.data.loader import Loader
 from tuppence.data.prepare import prepare
-from tuppence.data.tokenizer import build_tokenizer
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256
 from tuppence.folder import RunFolder
@@ -29,6 +28,7 @@ from tuppence.hub.load import load_into, plan_of
 from tuppence.model import Family, build
 from tuppence.origin import Origin, keys_of, merged
 from tuppence.plan.hardware import Calibration
+from tuppence.tokenizer.spec import build_tokenizer
 from tuppence.train import draws
 from tuppence.train.step import micro_batches, train_step
 from tuppence.workers import Workers

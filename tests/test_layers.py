@@ -13,7 +13,7 @@ import tuppence
 ROOT = Path(tuppence.__file__).parent
 LAYERS = {
     0: ["tuppence", "errors", "config", "host", "live", "plot", "files", "store", "assets"],
-    1: ["plan", "data", "folder", "ledger", "origin"],
+    1: ["plan", "tokenizer", "text", "data", "folder", "ledger", "origin"],
     2: ["model", "recipes"],
     3: ["checkpoint", "bucket", "evals", "workers", "ranks", "hub"],
     4: ["train", "report"],
@@ -31,9 +31,15 @@ LAYERS = {
     ],
 }
 LAYER = {part: layer for layer, parts in LAYERS.items() for part in parts}
-APART = [{"plan", "data"}, {"train", "report"}]  # of one layer, and strangers to each other
+APART = [
+    {"plan", "data"},
+    {"plan", "text"},
+    {"train", "report"},
+]  # of one layer, and strangers to each other
 HEAVY = {  # what a part must not import, however late
     "plan": {"torch", "numpy", "pyarrow", "safetensors", "tokenizers", "tiktoken"},
+    "tokenizer": {"torch", "safetensors", "pyarrow"},
+    "text": {"torch", "safetensors"},
     "data": {"torch", "safetensors"},
     **{
         part: {"torch", "numpy"}

@@ -22,7 +22,7 @@ CACHE_GB = 20.0  # of shards that are on a bucket, where nothing else was asked
 
 def refuse_unprepared(source: str) -> None:
     """A corpus that only plans know is refused before anything is measured."""
-    from tuppence.data.corpora import check_preparable
+    from tuppence.text.corpora import check_preparable
 
     if not Path(source).exists():
         check_preparable(source)
@@ -75,8 +75,8 @@ def surveyed(run: Run) -> DataPlan:
 
 def options_of(data: Data, *, rank: int = 0, world: int = 1) -> "Options":
     """How the corpus is to be prepared: as asked, else as a corpus of this name is best."""
-    from tuppence.data.corpora import defaults_of
     from tuppence.data.prepare import Options
+    from tuppence.text.corpora import defaults_of
 
     defaults = defaults_of(data.source or "")
     if data.shuffle:
@@ -178,8 +178,8 @@ def _tokens_given(data: Data, place: "Place") -> Path | None:
 
 def _found_again(data: Data, place: "Place", key: str | None) -> Path | None:
     """The shards of this key, where the text is elsewhere and they are here."""
-    from tuppence.data.corpora import CORPORA
     from tuppence.data.shards import MANIFEST, load_manifest
+    from tuppence.text.corpora import CORPORA
 
     source = data.source or ""
     if key is None or not (bucket.is_url(source) or source in CORPORA):

@@ -12,10 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import IO
 
 _POLL_SECONDS = 0.1
+
+
+def asset(name: str) -> Path:
+    """The path of a file that ships in the package."""
+    return Path(str(files("tuppence").joinpath("assets", name)))
 
 
 def file_sha256(path: Path) -> str:

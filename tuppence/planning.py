@@ -78,8 +78,8 @@ class Planned:
     @cached_property
     def corpus(self) -> dict[str, Any] | None:
         """What is known of a corpus by its name, and how long this machine would prepare it."""
-        from tuppence.data.corpora import CORPORA
         from tuppence.data.survey import survey
+        from tuppence.text.corpora import CORPORA
 
         known = CORPORA.get(self.data.source)
         if known is None or Path(self.data.source).exists():
@@ -147,7 +147,7 @@ def planned(args: Namespace) -> list[Planned]:
 def _default(overrides: list[str]) -> str:
     """Without a recipe: the shipped default, or `auto` where a corpus is known by its name, or
     lies on the Hub."""
-    from tuppence.data.corpora import CORPORA
+    from tuppence.text.corpora import CORPORA
 
     sources = [word.partition("=")[2] for word in overrides if word.startswith("data.source=")]
     known = sources and (sources[-1] in CORPORA or sources[-1].startswith("hf://"))

@@ -131,11 +131,11 @@ def _reported(
 ) -> tuple[Document, list[str]]:
     if not args.report:
         return {}, []
-    from tuppence.data.compression import SAMPLE_BYTES, beside_published, table
     from tuppence.data.given import glance
-    from tuppence.data.reading import sampled
-    from tuppence.data.sources import find_files
-    from tuppence.data.tokenizer import load_tokenizer
+    from tuppence.text.reading import sampled
+    from tuppence.text.sources import find_files
+    from tuppence.tokenizer.compression import SAMPLE_BYTES, beside_published, table
+    from tuppence.tokenizer.spec import load_tokenizer
 
     source = data.source or ""
     if glance(source, data.tokenizer) is not None:

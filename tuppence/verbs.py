@@ -192,9 +192,9 @@ def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
     found = folder.plan()
     host.settle_threads(host.usable_cores())
     from tuppence import checkpoint
-    from tuppence.data.tokenizer import load_tokenizer
     from tuppence.model import build
     from tuppence.model.documents import document_end
+    from tuppence.tokenizer.spec import load_tokenizer
     from tuppence.train.calibrate import pick_device
     from tuppence.workers import Workers
 

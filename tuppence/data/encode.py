@@ -25,15 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tuppence.data import traits
-from tuppence.data.documents import Bad, Document, documents_of
-from tuppence.data.encoders import UnknownCharacter, unknown_character
-from tuppence.data.formats import MOST_WHOLE
-from tuppence.data.inputs import InputFile
 from tuppence.data.permute import key_of, permuted
-from tuppence.data.pieces import Piece, UnbrokenText, batches, recut, unbroken_text
-from tuppence.data.tokenizer import Tokenizer
-from tuppence.data.windows import Window
 from tuppence.errors import Fault, UserError
+from tuppence.text.documents import Bad, Document, documents_of
+from tuppence.text.formats import MOST_WHOLE
+from tuppence.text.inputs import InputFile
+from tuppence.text.windows import Window
+from tuppence.tokenizer.kinds import UnknownCharacter, unknown_character
+from tuppence.tokenizer.pieces import Piece, UnbrokenText, batches, recut, unbroken_text
+from tuppence.tokenizer.spec import Tokenizer
 
 SPREAD_BYTES = 1 << 21  # of input: less than this is done before workers have started
 

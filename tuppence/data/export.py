@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from tuppence.data.cache import Cache, load_bucket
-from tuppence.data.encoders import CharTokenizer
 from tuppence.data.shards import (
     HEADER_BYTES,
     Manifest,
@@ -25,9 +24,10 @@ from tuppence.data.shards import (
     open_shard,
     token_dtype,
 )
-from tuppence.data.tokenizer import Tokenizer, load_tokenizer
-from tuppence.data.tokenizer_json import END_OF_TEXT
 from tuppence.errors import UserError
+from tuppence.tokenizer.json_file import END_OF_TEXT
+from tuppence.tokenizer.kinds import CharTokenizer
+from tuppence.tokenizer.spec import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
 LARGEST_BYTES = 2**31 - 1  # of a file for llm.c, which seeks in it with an int

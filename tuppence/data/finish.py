@@ -21,9 +21,9 @@ import numpy.typing as npt
 from tuppence.data.shards import Shard, header, open_shard, token_dtype
 from tuppence.data.shelf import Shelf
 from tuppence.data.split import Split
-from tuppence.data.tokenizer import Tokenizer
 from tuppence.data.work import Done, Part
 from tuppence.files import file_sha256
+from tuppence.tokenizer.spec import Tokenizer
 
 _COPY_TOKENS = 1 << 20
 

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from tuppence import config
 from tuppence.data.cache import BUCKET, Bucket, load_bucket
-from tuppence.data.inputs import kind_of
 from tuppence.data.shards import (
     MANIFEST,
     MANIFEST_VERSION,
@@ -39,11 +38,12 @@ from tuppence.data.shards import (
     open_shard,
     parse_manifest,
 )
-from tuppence.data.sources import MAGIC, slug_of
-from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec, spec_identity
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256, locked, write_whole
 from tuppence.store import Away, Store, is_url
+from tuppence.text.inputs import kind_of
+from tuppence.text.sources import MAGIC, slug_of
+from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, parse_spec, spec_identity
 
 SPLITS = ("train", "val")
 GPT2_BYTES = 4.3  # that a token of English stands for, where nobody has counted

@@ -20,27 +20,27 @@ from pathlib import Path
 from tuppence.data import dedup, traits
 from tuppence.data.encode import Job
 from tuppence.data.finish import assemble
-from tuppence.data.inputs import InputFile
-from tuppence.data.learned import BPE_TRAIN_CHARS
 from tuppence.data.lengths import Lengths
-from tuppence.data.ranks import PUBLISHED
-from tuppence.data.reading import sampled
 from tuppence.data.shards import MANIFEST_VERSION, Input, Manifest, token_dtype
 from tuppence.data.shelf import Shelf
-from tuppence.data.slices import slices_of
-from tuppence.data.sources import source_bytes
 from tuppence.data.split import Asked
 from tuppence.data.stream import Stream
-from tuppence.data.tokenizer import (
+from tuppence.data.work import Done
+from tuppence.errors import UserError
+from tuppence.host import usable_cores
+from tuppence.text.inputs import InputFile
+from tuppence.text.reading import sampled
+from tuppence.text.slices import slices_of
+from tuppence.text.sources import source_bytes
+from tuppence.tokenizer.learned import BPE_TRAIN_CHARS
+from tuppence.tokenizer.ranks import PUBLISHED
+from tuppence.tokenizer.spec import (
     Tokenizer,
     build_tokenizer,
     load_tokenizer,
     parse_spec,
     spec_identity,
 )
-from tuppence.data.work import Done
-from tuppence.errors import UserError
-from tuppence.host import usable_cores
 
 # Raise it when this program makes other tokens of the same inputs and options.
 _RECIPE = 2

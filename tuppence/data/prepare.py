@@ -21,21 +21,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuppence import config
-from tuppence.data import corpora, traits
+from tuppence.data import traits
 from tuppence.data.cache import BUCKET, Bucket, load_bucket
 from tuppence.data.given import stand_in
-from tuppence.data.inputs import InputFile
 from tuppence.data.make import Options, Task, make, missing, stream_of, tokenizer_of
-from tuppence.data.reading import has_one_document
 from tuppence.data.shards import MANIFEST, REMEDY, Manifest, check_sizes, load_manifest
 from tuppence.data.shelf import Shelf
-from tuppence.data.sources import find_files, slug_of, source_bytes
 from tuppence.data.survey import Survey, survey
-from tuppence.data.tokenizer import parse_spec
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256, locked, try_lock, write_whole
 from tuppence.host import usable_cores
 from tuppence.store import Store
+from tuppence.text import corpora
+from tuppence.text.inputs import InputFile
+from tuppence.text.reading import has_one_document
+from tuppence.text.sources import find_files, slug_of, source_bytes
+from tuppence.tokenizer.spec import parse_spec
 
 ON_BAD = ("refuse", "skip")
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from tuppence.data.encode import Encoded, Job, encode_all
-from tuppence.data.formats import Meter
 from tuppence.data.shelf import Shelf
-from tuppence.data.slices import Slice
-from tuppence.data.windows import Window, windows_of
 from tuppence.data.work import Done, SliceWriter, done_of
 from tuppence.errors import UserError
+from tuppence.text.formats import Meter
+from tuppence.text.slices import Slice
+from tuppence.text.windows import Window, windows_of
 
 Say = Callable[[int, int], None]  # bytes read, tokens made
 

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuppence.data.corpora import CORPORA, Corpus
-from tuppence.data.documents import Bad, Document, documents_of
-from tuppence.data.formats import Meter, read_items
-from tuppence.data.inputs import InputFile
-from tuppence.data.pieces import Piece, recut
-from tuppence.data.slices import slices_of
-from tuppence.data.sources import find_files, source_bytes
-from tuppence.data.tokenizer import Tokenizer, build_tokenizer, parse_spec
 from tuppence.errors import UserError
+from tuppence.text.corpora import CORPORA, Corpus
+from tuppence.text.documents import Bad, Document, documents_of
+from tuppence.text.formats import Meter, read_items
+from tuppence.text.inputs import InputFile
+from tuppence.text.slices import slices_of
+from tuppence.text.sources import find_files, source_bytes
+from tuppence.tokenizer.pieces import Piece, recut
+from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, parse_spec
 
 SAMPLE_CHARS = 8_000_000  # of a larger corpus on this disk
 FAR_CHARS = 2_000_000  # of one elsewhere: with what is read ahead, some 8 MB are fetched

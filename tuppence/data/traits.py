@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.documents import Bad, Document
 from tuppence.errors import UserError
+from tuppence.text.documents import Bad, Document
 
 BANDS, ROWS, RUN_WORDS = 14, 8, 5
 LANGUAGE_SAMPLE, LANGUAGE_CHARS = 16, 1_000  # documents of a window, characters of each

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.documents import Bad
 from tuppence.data.encode import Encoded
 from tuppence.data.lengths import Lengths
 from tuppence.data.shards import HEADER_BYTES, header
 from tuppence.files import file_sha256, write_whole
+from tuppence.text.documents import Bad
 
 COMMIT_SECONDS = 5.0
 

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from tuppence import checkpoint
 from tuppence.config import Plan
-from tuppence.data.sources import asset, slug_of
-from tuppence.data.tokenizer import load_tokenizer
 from tuppence.errors import UserError
+from tuppence.files import asset
 from tuppence.folder import RunFolder
 from tuppence.hub import formats
 from tuppence.hub.formats import Outside
+from tuppence.text.sources import slug_of
+from tuppence.tokenizer.spec import load_tokenizer
 
 MODELING = "modeling_looped.py"
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tuppence import checkpoint, config, origin
 from tuppence.config import DataPlan, InitPlan, Model, ModelPlan, Run
-from tuppence.data.tokenizer import load_tokenizer
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256
 from tuppence.folder import write_text
@@ -27,6 +26,7 @@ from tuppence.hub.formats import Inside
 from tuppence.model import FAMILIES, Family
 from tuppence.origin import Origin
 from tuppence.plan.asked import solve_model
+from tuppence.tokenizer.spec import load_tokenizer
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 

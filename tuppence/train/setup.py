@@ -12,7 +12,6 @@ from tuppence import checkpoint
 from tuppence.checkpoint import Fence, Retention, Saver, State
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
-from tuppence.data.tokenizer import Tokenizer, load_tokenizer
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder
 from tuppence.hub.load import load_into
@@ -21,6 +20,7 @@ from tuppence.live import Live
 from tuppence.model import Family, build
 from tuppence.model.documents import document_end
 from tuppence.ranks import Ranks
+from tuppence.tokenizer.spec import Tokenizer, load_tokenizer
 from tuppence.train.draws import work_of
 from tuppence.train.feed import Feed
 from tuppence.train.interrupt import Interrupt

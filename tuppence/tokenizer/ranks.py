@@ -16,9 +16,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from tuppence.data.sources import asset
-from tuppence.data.tokenizer_json import END_OF_TEXT, byte_level
 from tuppence.errors import Fault
+from tuppence.files import asset
+from tuppence.tokenizer.json_file import END_OF_TEXT, byte_level
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.encoders import Ids, known, write_tokenizer
-from tuppence.data.pieces import PIECE_CHARS, Cut, Piece, recut
-from tuppence.data.ranks import GPT4_SPLIT, PUBLISHED, published_merges, published_ranks
-from tuppence.data.tokenizer_json import (
+from tuppence.tokenizer.json_file import (
     END_OF_TEXT,
     byte_letters,
     byte_level,
     json_bytes,
     spelled,
 )
+from tuppence.tokenizer.kinds import Ids, known, write_tokenizer
+from tuppence.tokenizer.pieces import PIECE_CHARS, Cut, Piece, recut
+from tuppence.tokenizer.ranks import GPT4_SPLIT, PUBLISHED, published_merges, published_ranks
 
 if TYPE_CHECKING:
     import tiktoken

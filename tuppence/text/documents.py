@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tuppence.data.formats import MOST_BYTES, Item, TooLong
-from tuppence.data.inputs import InputFile
+from tuppence.text.formats import MOST_BYTES, Item, TooLong
+from tuppence.text.inputs import InputFile
 
 
 class Bad(NamedTuple):

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from tuppence.data import remote
-from tuppence.data.inputs import InputFile, kind_of
 from tuppence.errors import UserError
+from tuppence.text import remote
+from tuppence.text.inputs import InputFile, kind_of
 
 CONVERTED = "refs/convert/parquet"
 MAGIC = re.compile(r"[*?\[]")

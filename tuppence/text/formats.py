@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from tuppence.data.inputs import InputFile
-from tuppence.data.pieces import Cut, Piece, recut
-from tuppence.data.slices import Part
 from tuppence.errors import UserError
+from tuppence.text.inputs import InputFile
+from tuppence.text.slices import Part
+from tuppence.tokenizer.pieces import Cut, Piece, recut
 
 BLOCK_BYTES = 1 << 20
 MOST_BYTES = 1 << 25  # of one line or row
@@ -86,7 +86,7 @@ class _Readable(Protocol):
 def open_input(file: InputFile) -> BinaryIO:
     """The file, open for reading and seekable. Raises UserError where it cannot be opened."""
     if file.remote:
-        from tuppence.data import remote
+        from tuppence.text import remote
 
         return remote.opened(file)
     try:

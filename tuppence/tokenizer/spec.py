@@ -23,12 +23,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data import learned
-from tuppence.data.encoders import ByteTokenizer, CharTokenizer, Ids, JsonTokenizer, codes_of
-from tuppence.data.pieces import Cut
-from tuppence.data.ranked import RankedTokenizer, pairs_of
-from tuppence.data.ranks import PUBLISHED
 from tuppence.errors import Fault, UserError
+from tuppence.tokenizer import learned
+from tuppence.tokenizer.kinds import ByteTokenizer, CharTokenizer, Ids, JsonTokenizer, codes_of
+from tuppence.tokenizer.pieces import Cut
+from tuppence.tokenizer.ranked import RankedTokenizer, pairs_of
+from tuppence.tokenizer.ranks import PUBLISHED
 
 Texts = Callable[[], Iterator[str]]
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from tuppence.data.documents import Bad, Document, documents_of
-from tuppence.data.formats import Meter, read_items
-from tuppence.data.inputs import InputFile
-from tuppence.data.pieces import Cut
-from tuppence.data.slices import Slice, slices_of
 from tuppence.errors import UserError
+from tuppence.text.documents import Bad, Document, documents_of
+from tuppence.text.formats import Meter, read_items
+from tuppence.text.inputs import InputFile
+from tuppence.text.slices import Slice, slices_of
+from tuppence.tokenizer.pieces import Cut
 
 SAMPLED_SLICES = 32  # of a large input, from its beginning to its end
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from tuppence.data.pieces import Piece, recut
-from tuppence.data.ranked import RankedTokenizer, pairs_of
-from tuppence.data.ranks import GPT4_SPLIT
-from tuppence.data.tokenizer_json import byte_letters, byte_level, json_bytes
 from tuppence.errors import UserError
+from tuppence.tokenizer.json_file import byte_letters, byte_level, json_bytes
+from tuppence.tokenizer.pieces import Piece, recut
+from tuppence.tokenizer.ranked import RankedTokenizer, pairs_of
+from tuppence.tokenizer.ranks import GPT4_SPLIT
 
 # More text changes few merges and costs minutes.
 BPE_TRAIN_CHARS = 200_000_000

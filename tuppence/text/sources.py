@@ -12,13 +12,13 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from importlib.resources import files
 from pathlib import Path
 
-from tuppence.data import corpora
-from tuppence.data.inputs import COMPRESSIONS, KINDS, SUFFIXES, InputFile, kind_of
 from tuppence.errors import UserError
+from tuppence.files import asset
 from tuppence.store import Away, Entry, Store, is_url
+from tuppence.text import corpora
+from tuppence.text.inputs import COMPRESSIONS, KINDS, SUFFIXES, InputFile, kind_of
 
 CORPORA = {"shakespeare": "shakespeare.txt"}
 
@@ -27,11 +27,6 @@ PLACES = ("s3", "gs", "hf", "https", "http", "file", "memory")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _KNOWN = ", ".join(f".{kind}" for kind in KINDS)
 _PACKED = ", ".join(f".{compression}" for compression in COMPRESSIONS)
-
-
-def asset(name: str) -> Path:
-    """The path of a file that ships in the package."""
-    return Path(str(files("tuppence").joinpath("assets", name)))
 
 
 def find_files(source: str) -> list[InputFile]:
@@ -108,11 +103,11 @@ def _elsewhere(url: str) -> list[InputFile]:
     if protocol == "file":
         return find_files(rest)
     if protocol == "hf":
-        from tuppence.data.hub_files import hub_files
+        from tuppence.text.hub_files import hub_files
 
         return hub_files(url)
     if protocol in ("http", "https"):
-        from tuppence.data.remote import web_file
+        from tuppence.text.remote import web_file
 
         return [web_file(url)]
     return _on_bucket(url.rstrip("/"))

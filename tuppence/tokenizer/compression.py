@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuppence.data.pieces import PIECE_CHARS, Piece, recut
-from tuppence.data.ranked import RankedTokenizer
-from tuppence.data.ranks import PUBLISHED
-from tuppence.data.tokenizer import Tokenizer
+from tuppence.tokenizer.pieces import PIECE_CHARS, Piece, recut
+from tuppence.tokenizer.ranked import RankedTokenizer
+from tuppence.tokenizer.ranks import PUBLISHED
+from tuppence.tokenizer.spec import Tokenizer
 
 SAMPLE_BYTES = 8_000_000
 

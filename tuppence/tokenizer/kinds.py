@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.pieces import Cut
-from tuppence.data.ranks import GPT2_SPLIT, GPT4_SPLIT
-from tuppence.data.tokenizer_json import (
+from tuppence.errors import UserError
+from tuppence.files import write_whole
+from tuppence.tokenizer.json_file import (
     END_OF_TEXT,
     byte_letters,
     byte_level,
     json_bytes,
     unspelled,
 )
-from tuppence.errors import UserError
-from tuppence.files import write_whole
+from tuppence.tokenizer.pieces import Cut
+from tuppence.tokenizer.ranks import GPT2_SPLIT, GPT4_SPLIT
 
 if TYPE_CHECKING:
     import tokenizers

@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-from tuppence.data.inputs import InputFile, kind_of
 from tuppence.errors import Fault, UserError
 from tuppence.store import Changed, Store
+from tuppence.text.inputs import InputFile, kind_of
 
 FIRST_BYTES = 1 << 20  # of a first read, which may be all that is wanted there
 BLOCK_BYTES = 8 << 20  # of those that follow it

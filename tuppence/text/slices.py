@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tuppence.data.inputs import InputFile
+from tuppence.text.inputs import InputFile
 
 SLICE_BYTES = 1 << 26
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tuppence.data.formats import Item, Meter, read_items
-from tuppence.data.inputs import InputFile
-from tuppence.data.pieces import Cut
-from tuppence.data.slices import Slice
+from tuppence.text.formats import Item, Meter, read_items
+from tuppence.text.inputs import InputFile
+from tuppence.text.slices import Slice
+from tuppence.tokenizer.pieces import Cut
 
 WINDOW_BYTES = 1 << 22
 

@@ -1,0 +1,7 @@
+"""Text: where it is, and how documents are read out of it.
+
+    corpora ─▶ sources ─▶ inputs ─▶ slices ─▶ formats ─▶ windows ─▶ documents
+               hub_files, remote (what lies on another machine)
+
+`data` makes tokens of it. Nothing here imports torch.
+"""
