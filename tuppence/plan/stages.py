@@ -41,8 +41,8 @@ FETCH_BYTES_PER_SECOND = 500e6  # shards from a bucket of the same cloud: half o
 
 EVAL_SHARE = 0.04  # of a run that its evaluations may take together
 
-# Preparation. Two cores (Zen 5) tokenise 5.0M GPT-2 tokens a second (docs/BENCHMARKS.md); a
-# rented vCPU is half a core of an older kind: 1.5M on two, 30% of what was measured.
+# Preparation. Two cores (Zen 5) tokenise 5.5M GPT-2 tokens a second (docs/BENCHMARKS.md); a
+# rented vCPU is half a core of an older kind: 1.5M on two, 27% of what was measured.
 TOKENS_PER_SECOND_PER_VCPU = 0.75e6
 MOST_VCPUS = 16  # nobody tried more workers than that
 VCPUS_PER_GPU = 4  # of a GPU machine whose list does not say
@@ -137,10 +137,11 @@ def shard_bytes(tokens: int, *, vocab_size: int) -> int:
 
 
 def preparation_seconds(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> float:
-    """download + tokens / (rate x vCPUs). `file_bytes` where it is known what is downloaded."""
+    """max(download, tokens / (rate x vCPUs)), for one goes on while the other does. `file_bytes`
+    where it is known what is downloaded."""
     size = tokens * DOWNLOADED_BYTES_PER_TOKEN if file_bytes is None else file_bytes
     download = size / DOWNLOAD_BYTES_PER_SECOND
-    return download + tokens / (TOKENS_PER_SECOND_PER_VCPU * min(vcpus, MOST_VCPUS))
+    return max(download, tokens / (TOKENS_PER_SECOND_PER_VCPU * min(vcpus, MOST_VCPUS)))
 
 
 def preparation_interval(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> Interval:
