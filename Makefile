@@ -17,7 +17,12 @@ check: .venv/dev                    ## format, lint, types
 
 bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, NANOCHAT= add peers
 	$(BIN)/python bench/quickstart.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
-	$(BIN)/python bench/prepare.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(CORPUS),--corpus $(CORPUS))
+	$(BIN)/python bench/prepare.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(LLMC),--llmc $(LLMC)) $(if $(CORPUS),--corpus $(CORPUS) --memory)
+	$(if $(CORPUS),$(BIN)/python bench/prepare_kills.py --corpus $(CORPUS) --kills 30)
+	$(if $(CORPUS),$(BIN)/python bench/vocabularies.py $(CORPUS))
+	$(BIN)/python bench/loader.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python bench/packing.py $(if $(CORPUS),--corpus $(CORPUS))
+	$(if $(LLMC),$(if $(NANOGPT),$(BIN)/python bench/interchange.py --nanogpt $(NANOGPT) --llmc $(LLMC)))
 	$(BIN)/python bench/budget_sweep.py
 	$(BIN)/python bench/contention.py
 	$(BIN)/python bench/reliability.py --kills 20
