@@ -176,6 +176,7 @@ def test_a_long_text_that_is_broken_far_inside_is_refused(
             content.decode()
         first = caught.value.start
         assert f"c.txt: not UTF-8 at byte {first:,} (0x{content[first]:02x})" in said
+        assert "data.on_bad=skip leaves out no text above 10,000 bytes" in said
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

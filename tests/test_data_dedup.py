@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
@@ -22,9 +23,11 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data import traits
+from tuppence.data import make, traits
 from tuppence.data.dedup import duplicates
+from tuppence.data.prepare import Options, prepare, prepare_slices
 from tuppence.data.shards import verify
+from tuppence.data.work import done_of
 from tuppence.errors import UserError
 from tuppence.text import formats
 from tuppence.text.documents import Document
@@ -129,19 +132,77 @@ def test_slices_with_nothing_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert prepared.manifest.bad == {"not_json": 180}
 
 
-def test_a_text_longer_than_a_window_is_like_no_other(
+def test_a_heavily_repeated_corpus_is_read_in_few_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    passes = []
+    without = make.dedup.without
+    counted = lambda *args, **asked: (passes.append(1), without(*args, **asked))[1]  # noqa: E731
+    monkeypatch.setattr(make.dedup, "without", counted)
+    content = ["the same words again and again and again"] * 2000 + texts(100)
+    path = write(tmp_path / "c.jsonl", content)
+    capped = made(path, tmp_path, dedup="exact", val_tokens=50, max_tokens=500, seed=None)
+    assert (
+        stream_of(capped)
+        == stream_of(made(path, tmp_path / "whole", dedup="exact", val_tokens=50, seed=None))[:550]
+    )
+    assert len(passes) < 12  # the second preparation's one among them; of 550 tokens each, 150
+
+
+def test_what_a_rank_made_ahead_of_a_gap_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before duplicates went there was enough without slice 3."""
+    shrink(monkeypatch)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, seed in enumerate((0, 0, 1, 2, 3)):
+        write(folder / f"{number}.jsonl", texts(35, seed=seed))
+    sizes = [sum(len(t.encode()) + 1 for t in texts(35, seed=seed)) for seed in (0, 0, 1)]
+    asked = {"dedup": "exact", "val_tokens": 100, "max_tokens": sum(sizes) - 600, "workers": 1}
+    for rank in (0, 1):
+        options = Options(**asked, rank=rank, world=2)
+        prepare_slices(source=str(folder), tokenizer="byte", root=tmp_path / "a", options=options)
+    (partial,) = (tmp_path / "a").glob("*.partial")
+    assert done_of(partial, 4).finished
+    assert not done_of(partial, 3).windows
+    options = Options(**asked)
+    merged = prepare(
+        source=str(folder), tokenizer="byte", root=tmp_path / "a", options=options, merge=2
+    )
+    assert hashes(merged) == hashes(made(folder, tmp_path / "b", **asked))
+
+
+@pytest.mark.parametrize("dedup", ["exact", pytest.param("near", marks=near)])
+def test_texts_longer_than_a_window_go_where_their_files_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dedup: str
 ) -> None:
     shrink(monkeypatch)
     monkeypatch.setattr(formats, "WHOLE_TEXT_BYTES", 300_000)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 100_000)
     folder = tmp_path / "in"
     folder.mkdir()
-    for name, text in (("a", "long " * 150_000), ("b", "long " * 150_000), ("c", "x"), ("d", "x")):
+    long = "long " * 150_000
+    for name, text in (("a", long), ("b", "x"), ("c", long), ("d", "x"), ("e", long + "not")):
         (folder / f"{name}.txt").write_text(text)
-    prepared = made(folder, tmp_path, dedup="exact")
-    assert documents_of(prepared) == ["long " * 150_000] * 2 + ["x"]
-    assert prepared.manifest.duplicates == 1
+    prepared = made(folder, tmp_path, dedup=dedup)
+    assert documents_of(prepared) == [long, "x", long + "not"]
+    assert prepared.manifest.duplicates == 2
+
+
+def test_a_servers_tag_makes_no_texts_equal() -> None:
+    """It may be made from a time and a size."""
+    piece = [Document("the start of a", place, 0, False) for place in ("a.txt", "b.txt")]
+
+    def same(identity: str) -> bool:
+        first, second = (traits.keys([each], dedup="exact", identity=identity) for each in piece)
+        return bool((first == second).all())
+
+    assert same("sha256:00")
+    assert same("git:00")
+    assert not same("etag:00")
+    assert not same("")
 
 
 # ---------------------------------------------------------------- near
@@ -185,6 +246,26 @@ def test_what_is_half_the_same_stays() -> None:
         same = shared - 5 + 1
         share = same / (2 * runs - same)
         assert low <= found(shared, 200) <= high, share
+
+
+@pytest.mark.parametrize(
+    "letters",
+    ["天地玄黄宇宙洪荒日月盈昃辰宿列张", "กขคงจฉชซญดตถทนบปผ", "あいうえおかきくけこさしす"],
+)
+@near
+def test_near_in_scripts_without_spaces(letters: str) -> None:
+    rng = random.Random(1)
+    text = "".join(rng.choices(letters, k=600))
+    other = "".join(rng.choices(letters, k=600))
+    mended = text[:300] + other[300:302] + text[302:]
+    documents = [Document(each, "here", 0, True) for each in (text, mended, other, text[:300])]
+    first, *rest = traits.keys(documents, dedup="near")
+    assert [bool((first == keys).any()) for keys in rest] == [True, False, False]
+
+
+def test_words() -> None:
+    assert traits.words_of("Two\u00a0Words\n und ähnlich") == ["two", "words", "und", "ähnlich"]
+    assert traits.words_of("GPT是 模型。Ok") == ["gpt", "是", "模", "型", "。ok"]
 
 
 def test_near_without_its_library_is_refused(

@@ -25,7 +25,7 @@ from tuppence.config import DataPlan
 from tuppence.data import export, given
 from tuppence.data.given import token_files
 from tuppence.data.loader import Loader
-from tuppence.data.shards import Manifest, load_manifest, open_shard
+from tuppence.data.shards import MANIFEST, Manifest, load_manifest, open_shard
 from tuppence.errors import UserError
 from tuppence.files import asset
 from tuppence.folder import RunFolder
@@ -571,6 +571,36 @@ def test_count_names_a_shard_with_a_flipped_byte(tuppence: Command, corpus: str)
     answer = tuppence("prepare", *words, "--count")
     assert answer.code == 1
     assert f"{path}: sha256" in answer.line
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("documents", lambda value: value + 1),
+        ("tokens", lambda value: value - 1),
+        ("train_tokens", lambda value: value + 5),
+        ("val_tokens", lambda value: value * 2),
+        ("val_sha256", lambda value: value[::-1]),
+    ],
+)
+def test_count_names_what_the_manifest_says_wrong(
+    tuppence: Command, corpus: str, name: str, change: Callable[[Any], Any]
+) -> None:
+    words = [corpus, "data.tokenizer=byte"]
+    path = Path(prepared(tuppence, *words)["folder"]) / MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {name: change(content[name])}))
+    answer = tuppence("prepare", *words, "--count")
+    assert answer.code == 1
+    said, found = change(content[name]), content[name]
+    assert f"{path}: {name} is {said}, and in the shards {found};" in answer.line
+
+
+def test_count_knows_the_document_that_a_cap_cuts(tuppence: Command, corpus: str) -> None:
+    for source in (corpus, "shakespeare"):
+        words = [source, "data.tokenizer=byte", "data.max_tokens=300"]
+        documents = prepared(tuppence, *words)["manifest"]["documents"]
+        assert prepared(tuppence, *words, "--count")["count"]["documents"] == documents
 
 
 def test_count_names_what_is_wrong_on_a_bucket(

@@ -34,7 +34,15 @@ from small_corpora import (
     write,
 )
 
-from tuppence.data.prepare import Options, Prepared, Progress, prepare, survey
+from tuppence.data.prepare import (
+    Options,
+    Place,
+    Prepared,
+    Progress,
+    prepare,
+    prepare_slices,
+    survey,
+)
 from tuppence.data.shards import (
     MANIFEST,
     Manifest,
@@ -46,8 +54,11 @@ from tuppence.data.shards import (
     write_shard,
 )
 from tuppence.data.split import VAL_MOST, Asked
+from tuppence.data.work import done_of
 from tuppence.errors import Fault, UserError
 from tuppence.files import asset
+from tuppence.preparing import told
+from tuppence.text import formats
 from tuppence.tokenizer.ranks import GPT2_SPLIT, published_ranks
 from tuppence.tokenizer.spec import load_tokenizer
 
@@ -163,13 +174,16 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_split_of_many_documents() -> None:
-    def split(tokens: int, **asked: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    def split(
+        tokens: int, *, estimated: bool = False, **asked: int | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         defaults: dict[str, Any] = {"max_tokens": None, "val_tokens": None, "source_bytes": 5000}
-        found = Asked(**defaults | asked, single=False).split(tokens)
+        found = Asked(**defaults | asked, single=False).split(tokens, estimated=estimated)
         return found.val, found.train
 
     assert split(1500) == ((0, 100), (100, 1500))
-    assert split(600) == ((0, 60), (60, 600))  # never more than a tenth
+    assert split(600) == ((0, 100), (100, 600))  # by the bytes alone
+    assert split(600, max_tokens=300) == ((0, 100), (100, 400))
     assert split(10**9, source_bytes=10**12)[0] == (0, VAL_MOST)
     assert split(1500, val_tokens=7) == ((0, 7), (7, 1500))
     assert split(1500, max_tokens=300) == ((0, 100), (100, 400))
@@ -177,8 +191,28 @@ def test_the_split_of_many_documents() -> None:
     assert split(450, max_tokens=300) == ((0, 100), (100, 400))  # a window more than was wanted
     assert split(1500, max_tokens=5) == ((0, 100), (100, 105))  # whatever the cap
     assert split(1500, max_tokens=300, val_tokens=7) == ((0, 7), (7, 307))
-    with pytest.raises(UserError, match=r"val_tokens 751 is more than half of the 1,500"):
-        split(1500, val_tokens=751)
+    for cap, stop in ((None, 199), (5, 25), (1000, 199)):
+        assert split(199, max_tokens=cap) == ((0, 20), (20, stop))  # a fiftieth is more than half
+    assert Asked(5, None, 5000, single=False).wanted_tokens() == 200  # which shows that
+    assert Asked(5, 100, 5000, single=False).wanted_tokens() == 105
+    assert split(1051, max_tokens=300, val_tokens=751) == ((0, 751), (751, 1051))
+    for cap in (None, 750):
+        with pytest.raises(UserError, match=r"val_tokens 751 is more than half of the 1,500"):
+            split(1500, val_tokens=751, max_tokens=cap)
+        assert split(1500, val_tokens=751, max_tokens=cap, estimated=True)[0] == (0, 750)
+
+
+def test_the_rule_says_when_a_cap_was_not_reached() -> None:
+    def rule(tokens: int, *, single: bool = False, cap: int | None = 300) -> str:
+        asked = Asked(cap, None, source_bytes=5000, single=single)
+        return asked.rule(asked.split(tokens)).partition("train is ")[2]
+
+    assert rule(1500) == "the next 300"
+    assert rule(400) == "the next 300"
+    assert rule(399) == "all the others, 299, fewer than data.max_tokens=300"
+    assert rule(1500, cap=None) == "all the others"
+    assert rule(1500, single=True) == "the first 300"
+    assert rule(100, single=True) == "all the others, 90, fewer than data.max_tokens=300"
 
 
 def test_the_split_of_one_text() -> None:
@@ -206,9 +240,54 @@ def test_val_is_the_first_of_many_documents(
     assert "first 1,234 of the stream" in prepared.manifest.split_rule
     half = path.stat().st_size // 50
     assert made(path, tmp_path).manifest.val_tokens == half
-    few = made(write(tmp_path / "few.jsonl", ["ab"] * 30), tmp_path).manifest
-    assert few.val_tokens == 9  # a tenth, which is less than a fiftieth of the file's bytes
-    assert "first 9 of the stream" in few.split_rule
+
+
+def with_much_else(path: Path, rows: list[str], *, bytes_each: int) -> Path:
+    """Texts in lines that have another field too."""
+    other = "x" * bytes_each
+    path.write_text("".join(json.dumps({"other": other, "text": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("bytes_each", "least", "most"), [(900, 0.2, 0.5), (4000, 0.1, 0.1001)])
+def test_a_cap_does_not_move_val_of_files_with_much_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_each: int, least: float, most: float
+) -> None:
+    shrink(monkeypatch)
+    path = with_much_else(tmp_path / "c.jsonl", texts(300), bytes_each=bytes_each)
+    whole = made(path, tmp_path).manifest
+    assert least <= whole.val_tokens / whole.tokens <= most
+    for cap in (100, 9_000, 10**9):
+        capped = made(path, tmp_path, max_tokens=cap).manifest
+        assert capped.val_sha256 == whole.val_sha256
+        assert capped.train_tokens == min(cap, whole.train_tokens)
+
+
+@pytest.mark.parametrize("url", [None, "bucket"])
+@pytest.mark.parametrize(("tokenizer", "val"), [("byte", 557_698), ("gpt2", 200_000)])
+def test_a_val_split_that_is_too_large_leaves_nothing(
+    tmp_path: Path, tokenizer: str, val: int, url: str | None
+) -> None:
+    """Where the bytes tell, no token is made before it is refused."""
+    phases: list[str] = []
+    with pytest.raises(UserError, match=rf"val_tokens {val:,} is more than half"):
+        prepare(
+            source="shakespeare",
+            tokenizer=tokenizer,
+            root=Place(tmp_path / "here", url and f"file://{tmp_path}/{url}"),
+            options=Options(val_tokens=val, workers=1),
+            on_progress=lambda progress: phases.append(progress.phase),
+        )
+    assert ("tokenizing" in phases) == (tokenizer == "gpt2")
+    assert not [path for path in tmp_path.glob("here/*") if path.is_dir()]
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
+
+
+def test_bytes_that_tell_little_refuse_nothing(tmp_path: Path) -> None:
+    """Of what is compressed there may be any number of tokens."""
+    path = write(tmp_path / "c.jsonl.xz", ["the same words"] * 1000)
+    assert path.stat().st_size < 1000
+    assert made(path, tmp_path, val_tokens=7000).manifest.val_tokens == 7000
 
 
 @pytest.mark.parametrize("val", [None, 1, 500])
@@ -224,8 +303,6 @@ def test_a_cap_is_exact_and_does_not_move_val(
     ends = [i + 1 for i, token in enumerate(stream) if token == end]
     in_train = next(i for i in ends if i > 5000) - whole.manifest.val_tokens
     for cap in (1, 600, 4097, 9000, in_train, in_train + 1):
-        if val is not None and val > cap:
-            continue
         prepared = made(path, tmp_path, max_tokens=cap, val_tokens=val)
         manifest = prepared.manifest
         assert manifest.train_tokens == cap
@@ -264,6 +341,9 @@ def test_a_cap_beyond_the_corpus_changes_nothing(
         capped = made(source, tmp_path, tokenizer="char", max_tokens=10**9)
         assert hashes(capped) == hashes(whole)
         assert capped.folder != whole.folder
+        assert "fewer than data.max_tokens=1,000,000,000" in capped.manifest.split_rule
+        said = told(capped.folder, capped.manifest, reused=False)
+        assert "all of it  there is less than data.max_tokens=1,000,000,000" in said
 
 
 def test_files_sorted_later_do_not_move_val(
@@ -295,6 +375,56 @@ def test_reading_stops_when_enough_was_read(
     prepared = made(path, tmp_path, max_tokens=2000)
     assert prepared.manifest.train_tokens == 2000
     assert not prepared.manifest.bad
+
+
+def test_what_ranks_read_behind_the_cap_is_not_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):  # a slice each
+        path = write(folder / f"{number}.jsonl", texts(35, seed=number))
+        path.write_bytes(path.read_bytes() + b"not json\n" * (number == 2))
+    tokens = sum(len(text.encode()) + 1 for seed in (0, 1) for text in texts(35, seed=seed))
+    asked: dict[str, Any] = {"max_tokens": tokens - 500, "val_tokens": 100, "on_bad": "skip"}
+    asked["workers"] = 1
+    for rank in (2, 1, 0):
+        options = Options(**asked, rank=rank, world=3)
+        prepare_slices(source=str(folder), tokenizer="byte", root=tmp_path / "a", options=options)
+    (partial,) = (tmp_path / "a").glob("*.partial")
+    assert done_of(partial, 2).bad  # it did not know how much the others would find
+    options = Options(**asked)
+    merged = prepare(
+        source=str(folder), tokenizer="byte", root=tmp_path / "a", options=options, merge=3
+    )
+    assert hashes(merged) == hashes(made(folder, tmp_path / "b", **asked))
+    assert not merged.manifest.bad
+
+
+def test_a_long_text_counts_with_all_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    monkeypatch.setattr(formats, "WHOLE_TEXT_BYTES", 300_000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 100_000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, text in (
+        ("a", "x"),
+        ("b", "long " * 150_000),
+        ("c", "short"),
+        ("d", "long " * 99_999),
+    ):
+        (folder / f"{name}.txt").write_text(text)
+    lengths = made(folder, tmp_path, val_tokens=1).manifest.lengths
+    assert (lengths["shortest"], lengths["longest"]) == (2, 750_001)
+    # reading stops in a later window of it
+    lengths = made(folder, tmp_path, val_tokens=1, max_tokens=300_000).manifest.lengths
+    assert lengths["shortest"] == 2
+    assert 300_000 < lengths["longest"] < 750_001
+    path = write(tmp_path / "one.txt", ["long " * 150_000])
+    assert made(path, tmp_path).manifest.lengths["median"] == 750_001
 
 
 # ---------------------------------------------------------------- again, and at once

@@ -22,7 +22,7 @@ from tuppence.text import remote
 from tuppence.text.formats import Meter
 from tuppence.text.inputs import InputFile
 from tuppence.text.reading import documents
-from tuppence.text.sources import find_files
+from tuppence.text.sources import find_files, left_out
 
 if TYPE_CHECKING:
     from hub_server import Hub
@@ -262,6 +262,32 @@ def test_a_bucket(url: str) -> None:
     for missing in ("d/", "c/*.txt", "c/none.jsonl"):
         with pytest.raises(UserError, match=r"no (such )?file"):
             find_files(f"{url}/{missing}")
+
+
+def test_a_folder_on_a_bucket_is_read_as_one_here(url: str) -> None:
+    files = {
+        "c/a.jsonl": jsonl(TEXTS[:3]),
+        "c/empty.txt": b"",
+        "c/.hidden.txt": b"x",
+        "c/.old/b.txt": b"x",
+        "c/about.json": b"{}",
+        "c/notes.md": b"no text",
+    }
+    put(url, files)
+
+    def names_of(source: str) -> list[str]:
+        return [file.path.rpartition("/c/")[2] for file in find_files(source)]
+
+    assert names_of(f"{url}/c/") == ["a.jsonl", "empty.txt"]
+    assert names_of(f"{url}/c/**/*.txt") == ["empty.txt"]
+    assert names_of(f"{url}/c/.h*.txt") == [".hidden.txt"]
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        read(f"{url}/c/empty.txt")
+    assert left_out(f"{url}/c/") == {".json": 1, ".md": 1}
+    assert left_out(f"{url}/c/a.jsonl,{url}/c/*.jsonl") == {}
+    if not url.startswith("file:"):
+        with pytest.raises(UserError, match=r"\*\*\.txt: \*\* stands for whole folders"):
+            find_files(f"{url}/c/**.txt")
 
 
 def test_a_parquet_streams_from_s3(s3: str) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_corpora import TEXTS, pack, write
+from small_corpora import TEXTS, made, pack, write
 
 from tuppence.errors import UserError
 from tuppence.files import asset
+from tuppence.preparing import told
 from tuppence.text import reading
 from tuppence.text.documents import Bad, documents_of
 from tuppence.text.formats import Meter, read_items
 from tuppence.text.inputs import kind_of
 from tuppence.text.reading import has_one_document
 from tuppence.text.slices import Part
-from tuppence.text.sources import find_files, slug_of, source_bytes
+from tuppence.text.sources import find_files, left_out, slug_of, source_bytes
 from tuppence.tokenizer.pieces import Piece, recut
 
 
@@ -113,6 +116,7 @@ def test_meter_counts_files_on_disk(tmp_path: Path) -> None:
         ("data/*.parquet", "corpus"),
         ("x y.txt,b.txt", "x-y-and-1-more"),
         ("web.json.gz", "web"),
+        ("web.ndjson", "web"),
         ("fineweb_10bt", "fineweb_10bt"),
         ("hf://HuggingFaceFW/fineweb@9bb295d/sample/10BT", "fineweb-sample-10BT"),
         ("hf://datasets/owner/name@refs/convert/parquet/*.parquet", "name"),
@@ -130,6 +134,7 @@ def test_slug(source: str, slug: str) -> None:
         ("a.TXT", ("txt", "")),
         ("a.jsonl.zst", ("jsonl", "zst")),
         ("a.json", ("jsonl", "")),
+        ("a.ndjson.gz", ("jsonl", "gz")),
         ("c4-train.00000-of-01024.json.gz", ("jsonl", "gz")),
         ("a.parquet.xz", ("parquet", "xz")),
         ("a.csv", None),
@@ -152,6 +157,104 @@ def test_json_beside_texts_tells_about_them(tmp_path: Path) -> None:
     ]
     write(tmp_path / "b.jsonl", ["text"])
     assert list(documents(str(tmp_path))) == ["text"]
+
+
+def names_of(source: Path | str, below: Path) -> list[str]:
+    return [Path(file.path).relative_to(below).as_posix() for file in find_files(str(source))]
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder that links lead into, out of, and round in."""
+    folder, other = tmp_path / "corpus", tmp_path / "other"
+    for path in (folder / "sub", other):
+        path.mkdir(parents=True)
+    write(folder / "top.txt", ["top"])
+    write(folder / "sub" / "inner.txt", ["inner"])
+    write(other / "far.txt", ["far"])
+    (folder / "loop").symlink_to(".")
+    (folder / "sub" / "up").symlink_to("..")
+    for name in ("a_link", "z_link"):  # sorted before and after what they lead to
+        (folder / name).symlink_to("sub")
+    (folder / "outside").symlink_to("../other")
+    (folder / "again.txt").symlink_to("top.txt")
+    return folder
+
+
+def test_links_are_followed_and_no_file_is_read_twice(
+    linked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["outside/far.txt", "sub/inner.txt", "top.txt"]
+    assert names_of(linked, linked) == there
+    assert names_of(f"{linked}/**/*.txt", linked) == there
+    assert names_of(f"{linked}/**", linked) == there
+    assert names_of(f"{linked}/**/sub/**/i*.txt", linked) == ["sub/inner.txt"]
+    assert sorted(documents(f"{linked}/*/*.txt")) == ["far", "inner", "top"]
+    assert sorted(documents(str(linked))) == ["far", "inner", "top"]
+    assert left_out(str(linked)) == {}
+    monkeypatch.chdir(linked)
+    assert [file.shown for file in find_files("**/*.txt")] == there
+    top = f"{linked}/top.txt"
+    assert list(documents(f"{top},{top}")) == ["top", "top"]  # who says it twice means it
+
+
+def test_hidden_files_are_not_of_the_corpus(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "corpus"  # what it lies in does not matter
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        write(folder / name, [name])
+    assert names_of(folder, folder) == ["a.txt"]
+    assert names_of(f"{folder}/**/*.txt", folder) == ["a.txt"]
+    assert names_of(f"{folder}/.*.txt", folder) == [".b.txt"]
+    assert names_of(f"{folder}/.b.txt", folder) == [".b.txt"]
+    assert left_out(str(folder)) == {}
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
+    folder, bare = tmp_path / "corpus", tmp_path / "bare"
+    for path in (folder / "sub", bare):
+        path.mkdir(parents=True)
+    others = ("README.md", "sub/B.MD", "sub/c.md", "d.text", "e.json", "LICENSE", "g.csv.gz")
+    for name in others:
+        (folder / name).write_text("{}")
+    (folder / "gone.txt").symlink_to("nowhere")
+    write(folder / "a.jsonl", TEXTS).rename(folder / "a.ndjson")
+    write(bare / "b.json", []).write_text(json.dumps({"text": "x"}))
+    assert names_of(folder, folder) == ["a.ndjson"]
+    found = left_out(str(folder))
+    assert found == {
+        ".md": 3,
+        ".csv.gz": 1,
+        ".json": 1,
+        ".text": 1,
+        ".txt": 1,
+        "without a suffix": 1,
+    }
+    assert next(iter(found)) == ".md"
+    assert left_out(f"{folder}, {bare}") == found
+    assert left_out(f"{folder}/*.ndjson,{bare},shakespeare,fineweb,{tmp_path}/none") == {}
+    prepared = made(folder, tmp_path / "out")
+    lines = told(prepared.folder, prepared.manifest, reused=prepared.reused)
+    said = "not read   3 .md, 1 .csv.gz, 1 .json, 1 .text, 1 .txt, 1 without a suffix"
+    assert [line for line in lines if line.startswith("not read")] == [said]
+    prepared = made(bare, tmp_path / "out")
+    lines = told(prepared.folder, prepared.manifest, reused=True)
+    assert not any("not read" in line for line in lines)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    write(tmp_path / "a.txt", ["x"])
+    scandir = os.scandir
+
+    def denied(path: Path) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"locked: cannot be listed \(Permission denied\)"):
+        find_files(str(tmp_path))
 
 
 def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -177,6 +280,12 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     yield "near name", "shakespear", ["no such file", "did you mean shakespeare?"]
     yield "of the Hub", "Skylion007/openwebtext", ["did you mean hf://Skylion007/openwebtext?"]
     yield "near file", f"{folder}/book.jsonl", ["did you mean", "books.jsonl"]
+    (folder / "link.txt").symlink_to("nowhere.txt")
+    os.mkfifo(folder / "pipe.txt")
+    yield "link", f"{folder}/link.txt", ["link.txt: a link to nowhere.txt, which is not there"]
+    yield "pipe", f"{folder}/pipe.txt", ["pipe.txt: neither a file nor a folder"]
+    yield "comma", f"{folder}/books.jsonl,", ["books.jsonl,: a comma with nothing beside it"]
+    yield "two commas", "a.txt,,b.txt", ["a comma with nothing beside it"]
     yield "empty source", "", ["data.source is empty", "shakespeare"]
     yield "glob", f"{folder}/*.parquet.gz", ["no files match"]
     yield "extension", f"{folder}/notes.md", ["notes.md", "unknown kind", ".jsonl", ".zst"]
@@ -203,6 +312,7 @@ def test_bad_inputs(tmp_path: Path) -> None:
             list(documents(source))
         message = str(caught.value)
         assert "\n" not in message, case
+        assert len(message) < 450 + len(source), (case, message)
         for part in parts:
             assert part in message, (case, message)
 

@@ -51,12 +51,15 @@ def surveyed(run: Run) -> DataPlan:
         tokenizer=data.tokenizer or "gpt2",
         text_field=data.text_field or "text",
     )
-    val = data.val_tokens
-    if val is not None and not seen.exact:  # what is only estimated refuses nothing
-        val = min(val, seen.tokens // 2)
-    asked = Asked(data.max_tokens, val, seen.source_bytes, seen.single)
+    if data.packing == "documents" and data.tokenizer == "char" and seen.single:
+        raise UserError(
+            "data.packing=documents: characters of a single text have no end-of-text, so documents "
+            "cannot be told apart; use data.packing=plain"
+        )
+    asked = Asked(data.max_tokens, data.val_tokens, seen.source_bytes, seen.single)
     wanted = asked.wanted_tokens()
-    split = asked.split(seen.tokens if wanted is None else min(seen.tokens, wanted))
+    tokens = seen.tokens if wanted is None else min(seen.tokens, wanted)
+    split = asked.split(tokens, estimated=not seen.exact)
     return DataPlan(
         source=data.source or "",
         tokenizer=data.tokenizer or "gpt2",

@@ -41,43 +41,48 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold `path` alone; `on_wait` is called once if another process or thread has it."""
+def locked(path: Path, *, on_wait: Callable[[], None], shared: bool = False) -> Iterator[None]:
+    """Hold `path` alone, or `shared` with others that share it; `on_wait` is called once if another
+    process or thread has it."""
     with path.open("a+b") as file:
-        if not try_lock(file):
+        if not try_lock(file, shared=shared):
             on_wait()
-            while not try_lock(file):
+            while not try_lock(file, shared=shared):
                 time.sleep(_POLL_SECONDS)
         try:
             yield
         finally:
-            _unlock(file)
+            _unlock(file, shared=shared)
 
 
 if sys.platform == "win32":
     import msvcrt
 
-    def try_lock(file: IO[bytes]) -> bool:
-        file.seek(0)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+    _BYTES = 1024  # Windows locks bytes: of those who share each has one, who is alone has all
 
-    def _unlock(file: IO[bytes]) -> None:
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+    def try_lock(file: IO[bytes], *, shared: bool = False) -> bool:
+        for at in range(_BYTES if shared else 1):
+            file.seek(at)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1 if shared else _BYTES)
+            except OSError:
+                continue
+            return True
+        return False
+
+    def _unlock(file: IO[bytes], *, shared: bool) -> None:
+        # the file stands where try_lock found room
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1 if shared else _BYTES)
 
 else:
     import fcntl
 
-    def try_lock(file: IO[bytes]) -> bool:
+    def try_lock(file: IO[bytes], *, shared: bool = False) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
-    def _unlock(file: IO[bytes]) -> None:
+    def _unlock(file: IO[bytes], *, shared: bool) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)

@@ -60,12 +60,21 @@ def _refuse_tokens(data: Data) -> None:
 
 def told(folder: Path, manifest: "Manifest", *, reused: bool) -> list[str]:
     """What a person wants to know of what was prepared."""
-    m = manifest
+    from tuppence.data.cache import load_bucket
+    from tuppence.store import is_url
+    from tuppence.text.sources import left_out
+
+    m, there = manifest, load_bucket(folder)
+    where = folder if there is None else there.url
     lines = [
-        f"{folder}: {'already there' if reused else 'done'}; {m.documents:,} documents, "
+        f"{where}: {'already there' if reused else 'done'}; {m.documents:,} documents, "
         f"{m.tokens:,} tokens ({m.train_tokens:,} train, {m.val_tokens:,} val), "
         f"{m.bytes_per_token:.2f} bytes a token, vocabulary {m.vocab_size:,}"
     ]
+    if m.documents > 1 and m.end_of_text is None:
+        lines.append("unmarked   the tokenizer has no end-of-text: nothing is between documents")
+    if m.max_tokens is not None and m.train_tokens < m.max_tokens:
+        lines.append(f"all of it  there is less than data.max_tokens={m.max_tokens:,}")
     if m.documents > 1 and m.lengths:
         named = ", ".join(f"{name} {value:,.0f}" for name, value in m.lengths.items())
         lines.append(f"lengths    {named} tokens")
@@ -78,6 +87,13 @@ def told(folder: Path, manifest: "Manifest", *, reused: bool) -> list[str]:
         f"left out   {count:,} {why.replace('_', ' ')}; the first: {m.bad_named[why]}"
         for why, count in m.bad.items()
     ]
+    # of a folder elsewhere only who has just listed it is told; shards can come without their text
+    tokens = any(file.path.endswith(".bin") for file in m.inputs)
+    known = not reused or not (tokens or is_url(m.source))
+    others = left_out(m.source) if known else {}
+    if others:
+        named = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+        lines.append(f"not read   {named}")
     return lines + [f"licence    {m.licence}"] * bool(m.licence)
 
 
@@ -87,6 +103,12 @@ def _slices(args: Namespace, data: Data) -> Document:
 
     if args.rank is None or args.world is None:
         raise UserError("--rank R and --world N go together: this is machine R (from 0) of N")
+    for flag in ("merge", "fresh", "count", "report", "export", "out"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag} beside --rank: a rank makes its slices and nothing else; leave it out "
+                "here, or say it when they are merged"
+            )
     live = Live()
     made = prepare_slices(
         source=data.source or "",
@@ -98,8 +120,10 @@ def _slices(args: Namespace, data: Data) -> Document:
     live.clear()
     if not args.json:
         print(
-            f"{made.folder}: {made.mine} of {made.slices} slices, {made.tokens:,} tokens; when all "
-            f"ranks are done: tuppence prepare ... --merge --world {args.world}"
+            f"{made.folder}: already put together, {made.tokens:,} tokens"
+            if made.merged
+            else f"{made.folder}: {made.mine} of {made.slices} slices, {made.tokens:,} tokens; "
+            f"when all ranks are done: tuppence prepare ... --merge --world {args.world}"
         )
     return (
         {"rank": args.rank, "world": args.world}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.shards import HEADER_BYTES, header, open_shard
+from tuppence.data.shards import HEADER_BYTES, header
 from tuppence.data.shelf import Shelf
 from tuppence.data.work import Done, Part, name_of
 from tuppence.files import file_sha256
@@ -71,7 +71,7 @@ def _cleaned(
     spans = [(starts[index], starts[index + 1]) for index in np.flatnonzero(gone)]
     parts, dropped, dropped_bytes, begin = [], 0, 0, 0
     for part in done.parts:
-        tokens = open_shard(shelf.need(part.file, part.sha256))
+        tokens = shelf.tokens(part)
         cuts = np.clip(np.array(spans).reshape(-1, 2) - begin, 0, part.tokens)
         begin += part.tokens
         for first, stop in cuts:

@@ -56,7 +56,8 @@ class Encoded:
     """One window as ids, end-of-text included; `starts` says at which of them documents begin.
 
     `keys` [len(starts), bands] is equal in a band where documents are duplicates (see `dedup`);
-    `languages` counts a sample of the documents.
+    `languages` counts a sample of the documents; `goes_on` says whether the last of them has more
+    in the next window.
     """
 
     slice: int
@@ -67,6 +68,7 @@ class Encoded:
     bad: list[Bad]
     keys: npt.NDArray[np.uint64]
     languages: Counter[str]
+    goes_on: bool = False
 
 
 def encode_all(
@@ -157,8 +159,13 @@ def encode_window(window: Window, job: Job) -> Encoded:
         starts=np.array(starts, dtype=np.int64),
         text_bytes=sum(_utf8_bytes(document.text) for document in kept),
         bad=bad + unknown,
-        keys=traits.keys([d for d in kept if not d.offset], dedup=job.dedup),
+        keys=traits.keys(
+            [d for d in kept if not d.offset],
+            dedup=job.dedup,
+            identity=job.files[window.items[0].file].identity,
+        ),
         languages=traits.languages(found) if job.languages else Counter(),
+        goes_on=not window.items[-1].last,
     )
 
 

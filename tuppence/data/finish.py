@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuppence.data.shards import Shard, header, open_shard, token_dtype
+from tuppence.data.shards import Shard, header, token_dtype
 from tuppence.data.shelf import Shelf
 from tuppence.data.split import Split
 from tuppence.data.work import Done, Part
@@ -85,6 +85,7 @@ def place(cuts: list[Cut], shelf: Shelf, *, vocab_size: int) -> list[Shard]:
         elif shelf.store is not None:
             name = cut.part.file
         elif not (folder / name).exists():
+            shelf.tokens(cut.part)  # which looks at it
             os.replace(folder / cut.part.file, folder / name)
         shards.append(Shard(name, cut.split, cut.stop - cut.first, sha256))
     return shards
@@ -112,7 +113,7 @@ def tokens_between(
     for part in parts:
         low, high = max(first - begin, 0), min(stop - begin, part.tokens)
         if low < high:
-            tokens = open_shard(shelf.need(part.file, part.sha256))
+            tokens = shelf.tokens(part)
             for at in range(low, high, _COPY_TOKENS):
                 yield tokens[at : min(at + _COPY_TOKENS, high)]
         begin += part.tokens
@@ -120,7 +121,7 @@ def tokens_between(
 
 def _copy(cut: Cut, shelf: Shelf, *, vocab_size: int) -> None:
     dtype = token_dtype(vocab_size)
-    tokens = open_shard(shelf.need(cut.part.file, cut.part.sha256))
+    tokens = shelf.tokens(cut.part)
     aside = shelf.folder / f"{cut.name}.tmp"
     with aside.open("wb") as file:
         file.write(header(dtype=dtype, count=cut.stop - cut.first))
@@ -174,5 +175,4 @@ def _as_parts(shards: Sequence[Shard]) -> list[Part]:
 
 def _ends_document(train: Sequence[Shard], shelf: Shelf, end: int | None) -> bool:
     """Whether the training tokens stop between documents."""
-    last = train[-1:]
-    return all(int(open_shard(shelf.need(s.file, s.sha256))[-1]) == end for s in last)
+    return all(int(shelf.tokens(part)[-1]) == end for part in _as_parts(train[-1:]))

@@ -13,10 +13,7 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class Lengths:
-    """Documents by their tokens, end-of-text included: `powers[i]` have 2^i to 2^(i+1) - 1.
-
-    A text that is longer than a window counts with its first window.
-    """
+    """Documents by their tokens, end-of-text included: `powers[i]` have 2^i to 2^(i+1) - 1."""
 
     powers: tuple[int, ...] = ()
     shortest: int = 0

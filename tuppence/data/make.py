@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import sys
@@ -17,18 +18,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tuppence.data import dedup, traits
 from tuppence.data.encode import Job
 from tuppence.data.finish import assemble
 from tuppence.data.lengths import Lengths
 from tuppence.data.shards import MANIFEST_VERSION, Input, Manifest, token_dtype
 from tuppence.data.shelf import Shelf
-from tuppence.data.split import Asked
+from tuppence.data.split import Asked, Split
 from tuppence.data.stream import Stream
 from tuppence.data.work import Done
 from tuppence.errors import UserError
 from tuppence.host import usable_cores
-from tuppence.text.inputs import InputFile
+from tuppence.text.inputs import InputFile, check_unchanged
 from tuppence.text.reading import sampled
 from tuppence.text.slices import slices_of
 from tuppence.text.sources import source_bytes
@@ -37,6 +40,7 @@ from tuppence.tokenizer.ranks import PUBLISHED
 from tuppence.tokenizer.spec import (
     Tokenizer,
     build_tokenizer,
+    check_keeps,
     load_tokenizer,
     parse_spec,
     spec_identity,
@@ -45,6 +49,8 @@ from tuppence.tokenizer.spec import (
 # Raise it when this program makes other tokens of the same inputs and options.
 _RECIPE = 2
 LARGE_BYTES = 1 << 23  # from it on, to learn a vocabulary takes memory that is not given back
+
+SAMPLE_CHARS = 50_000  # that show whether a tokenizer of others fits this text
 
 Say = Callable[[str, int, int], None]  # a few words, bytes read, tokens made
 
@@ -87,10 +93,22 @@ class Task:
         parts += [options.shard_tokens, options.seed, options.dedup]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raises Fault where a file has changed since it was hashed."""
+        for file in self.files:
+            check_unchanged(file)
+
     def split(self) -> Asked:
         """What the split depends on."""
         options = self.options
         return Asked(options.max_tokens, options.val_tokens, source_bytes(self.files), self.single)
+
+    def refuse_hopeless(self) -> None:
+        """Raises UserError for a val split that cannot be filled, as far as bytes tell: a token of
+        our own tokenizers has one at least, and JSON has more of them than its documents."""
+        plain = all(not file.compression and file.kind != "parquet" for file in self.files)
+        if plain and parse_spec(self.tokenizer)[0] != "json":
+            self.split().refuse_beyond(source_bytes(self.files) + len(self.files))
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -110,6 +128,12 @@ def tokenizer_of(task: Task, shelf: Shelf, *, say: Say) -> Tokenizer:
             tokenizer = child.submit(_built, task).result()
     else:
         tokenizer = _built(task)
+    if kind == "json":
+        field = task.options.text_field
+        sample = "".join(sampled(task.files, chars=SAMPLE_CHARS, text_field=field))[:SAMPLE_CHARS]
+        check_keeps(sample, tokenizer)
+    if kind in ("bpe", "char"):
+        task.check_unchanged()  # before what was learned from them is kept
     if tokenizer.name not in PUBLISHED:  # whose files take a while to write: that is done beside
         tokenizer.save(folder)
     return tokenizer
@@ -169,24 +193,50 @@ def make(task: Task, shelf: Shelf, tokenizer: Tokenizer, *, key: str, say: Say) 
     """All slices that are needed, as shards of the split. Raises UserError where there is no
     text."""
     stream = stream_of(task, shelf, tokenizer, say=say)
-    wanted = needed = task.split().wanted_tokens()
+    asked, extra = task.split(), 0
+    wanted = asked.wanted_tokens()
     while True:
         with _saved(tokenizer, shelf.folder / "tokenizer"):
-            stream.fill(needed)
-        done = [each for each in stream.done() if each.finished]
+            stream.fill(None if wanted is None else wanted + extra)
+        done = _without_gap(stream.done())
         unique = _unique(done, shelf, tokenizer) if stream.bands else done
         tokens = sum(each.tokens for each in unique)
         everything = len(done) == len(stream.slices) and all(each.all for each in done)
         if everything or wanted is None or tokens >= wanted:
             break
-        # what duplicates took is read behind them
-        needed = sum(each.tokens for each in done) + wanted - tokens
-    if not tokens:
-        raise UserError(
-            f"data.source {task.source!r} is empty: there is no text in it; give it some"
-        )
+        # what duplicates took is read behind them: twice as much each time, so that times are few
+        extra = max(2 * extra, sum(each.tokens for each in done) - tokens)
+    try:
+        if not tokens:
+            raise UserError(
+                f"data.source {task.source!r} is empty: there is no text in it; give it some"
+            )
+        split = asked.split(tokens)
+    except UserError:
+        shelf.clear()  # the same question would get the same answer
+        raise
     say("putting the shards in place", 0, tokens)
-    return _manifest(task, shelf, tokenizer, done, unique, key=key)
+    needed = _needed(unique, max(split.train[1], split.val[1]))
+    return _manifest(task, shelf, tokenizer, done[:needed], unique[:needed], split, key=key)
+
+
+def _without_gap(done: list[Done]) -> list[Done]:
+    """The slices that follow on one another from the first: a rank may have been ahead of others,
+    and what it made behind a slice that was not read to its end is not next in the stream."""
+    kept = []
+    for each in done:
+        if not each.finished:
+            break
+        kept.append(each)
+        if not each.all:
+            break
+    return kept
+
+
+def _needed(done: list[Done], stop: int) -> int:
+    """How many slices of the stream begin by its token `stop`."""
+    begins = itertools.accumulate((each.tokens for each in done[:-1]), initial=0)
+    return sum(begin <= stop for begin in begins)
 
 
 def missing(task: Task, shelf: Shelf, tokenizer: Tokenizer) -> list[int]:
@@ -215,12 +265,13 @@ def _manifest(
     tokenizer: Tokenizer,
     done: list[Done],
     unique: list[Done],
+    split: Split,
     *,
     key: str,
 ) -> Manifest:
     """Put the shards in place, and tell of them."""
-    asked, options = task.split(), task.options
-    made = assemble(unique, shelf, asked.split(sum(each.tokens for each in unique)), tokenizer)
+    options = task.options
+    made = assemble(unique, shelf, split, tokenizer)
     tokens = made.train_tokens + made.val.tokens
     return Manifest(
         version=MANIFEST_VERSION,
@@ -239,7 +290,7 @@ def _manifest(
         bytes_per_token=made.bytes / tokens,
         val_bytes=made.val.bytes,
         val_sha256=made.val.sha256,
-        split_rule=asked.rule(made.val.tokens),
+        split_rule=task.split().rule(split),
         text_field=options.text_field,
         max_tokens=options.max_tokens,
         seed=options.seed,
@@ -265,8 +316,10 @@ def _shares(counts: dict[str, int]) -> dict[str, float] | None:
 
 
 def _lengths(done: list[Done]) -> dict[str, float]:
-    """Documents by their tokens: quantiles, and the ends. Of all that was read."""
-    lengths = functools.reduce(Lengths.merged, (each.lengths for each in done), Lengths())
+    """Documents by their tokens: quantiles, and the ends. One that reading stopped in counts with
+    what was read of it."""
+    each_slice = (each.lengths.plus(np.array([each.begun] * (each.begun > 0))) for each in done)
+    lengths = functools.reduce(Lengths.merged, each_slice, Lengths())
     shares = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
     found = {name: round(lengths.quantile(share), 1) for name, share in shares.items()}
     return {"shortest": lengths.shortest, **found, "longest": lengths.longest}

@@ -21,20 +21,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuppence import config
-from tuppence.data import traits
+from tuppence.data import together, traits
 from tuppence.data.cache import BUCKET, Bucket, load_bucket
 from tuppence.data.given import stand_in
 from tuppence.data.make import Options, Task, make, missing, stream_of, tokenizer_of
-from tuppence.data.shards import MANIFEST, REMEDY, Manifest, check_sizes, load_manifest
+from tuppence.data.shards import (
+    MANIFEST,
+    REMEDY,
+    Manifest,
+    check_sizes,
+    load_manifest,
+    parse_manifest,
+)
 from tuppence.data.shelf import Shelf
 from tuppence.data.survey import Survey, survey
 from tuppence.errors import Fault, UserError
-from tuppence.files import file_sha256, locked, try_lock, write_whole
+from tuppence.files import file_sha256, write_whole
 from tuppence.host import usable_cores
 from tuppence.store import Store
 from tuppence.text import corpora
 from tuppence.text.inputs import InputFile
 from tuppence.text.reading import has_one_document
+from tuppence.text.slices import slices_of
 from tuppence.text.sources import find_files, slug_of, source_bytes
 from tuppence.tokenizer.spec import parse_spec
 
@@ -65,12 +73,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Sliced:
-    """What one machine of several made: its slices of how many, their tokens, and where."""
+    """What one machine of several made: its slices of how many, their tokens, and where.
+
+    `merged` where the slices of all were put together before; then `tokens` are of the whole.
+    """
 
     folder: Path
     mine: int
     slices: int
     tokens: int
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +123,6 @@ class _Work:
         """The work folder, which is there until the folder is."""
         return Shelf(self.folder.with_name(f"{self.folder.name}.partial"), self.store)
 
-    def lock(self, name: str = "") -> Path:
-        """The lock that a whole preparation, or that of one machine, holds."""
-        return self.folder.with_name(f".{self.folder.name}{name}.lock")
-
 
 def prepare(
     *,
@@ -135,7 +143,7 @@ def prepare(
     """
     work, place = _work(source, tokenizer, root, options, on_progress)
     assert options.world == 1, "a rank makes slices: prepare_slices"
-    with _alone(work):
+    with together.alone(work.folder, say=work.watch.say):
         if not fresh and (found := _found(work, place)) is not None:
             return Prepared(work.folder, _checked(work, found), reused=True)
         shelf = work.shelf
@@ -143,10 +151,13 @@ def prepare(
             made = tokenizer_of(work.task, shelf, say=work.watch.say)
             shelf.look()
             if merge:
-                _refuse_missing(missing(work.task, shelf, made), merge)
+                world = together.world_of(shelf) or merge
+                _refuse_missing(missing(work.task, shelf, made), world)
             if not (shelf.folder / MANIFEST).exists():
                 manifest = make(work.task, shelf, made, key=work.key, say=work.watch.say)
+                work.task.check_unchanged()
                 write_whole(shelf.folder / MANIFEST, manifest.to_json().encode())
+            _refuse_bad(work, load_manifest(shelf.folder))
         _publish(work, place)
         return Prepared(work.folder, load_manifest(work.folder), reused=False)
 
@@ -160,18 +171,27 @@ def prepare_slices(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Sliced:
     """This machine's slices, `options.rank` of `options.world`; `prepare(merge=True)` puts those
-    of all together. Run again, it goes on where it was. Raises as `prepare` does."""
+    of all together. Run again, it goes on where it was; where all are together already, it makes
+    nothing. Raises as `prepare` does."""
     work, _ = _work(source, tokenizer, root, options, on_progress)
-    name = f".rank{options.rank}"
-    with locked(work.lock(name), on_wait=lambda: work.watch.say("waiting for this rank's other")):
+    with together.one_rank(work.folder, options.rank, say=work.watch.say):
+        if (there := _merged(work)) is not None:
+            _refuse_bad(work, there)
+            count = len(slices_of(work.task.files))
+            mine = len(range(options.rank, count, options.world))
+            return Sliced(work.folder, mine, count, there.tokens, merged=True)
         with _begun(work, fresh=False):
+            together.agree(work.folder, work.shelf, options.world)
             made = tokenizer_of(work.task, work.shelf, say=work.watch.say)
             stream = stream_of(work.task, work.shelf, made, say=work.watch.say)
             work.shelf.look()
             stream.fill(work.task.split().wanted_tokens())
         done = stream.done()
-        tokens = sum(done[number].tokens for number in stream.mine)
-        return Sliced(work.shelf.folder, len(stream.mine), len(done), tokens)
+        made_here = [done[number] for number in stream.mine]
+        for each in made_here:
+            _refuse_left_out(work, work.shelf.folder, each.bad, each.named)
+        tokens = sum(each.tokens for each in made_here)
+        return Sliced(work.shelf.folder, len(made_here), len(done), tokens)
 
 
 # ---------------------------------------------------------------- asked
@@ -192,6 +212,7 @@ def _work(
     found = _identified(found)
     single = has_one_document(found, text_field=options.text_field)
     task = Task(source, tokenizer, _licence(source), found, options, single)
+    task.refuse_hopeless()
     key = task.key()
     name = f"{slug_of(source)}-{_tokenizer_slug(tokenizer)}-{key[:12]}"
     place = root if isinstance(root, Place) else Place(root)
@@ -226,12 +247,15 @@ def _check_options(options: Options) -> None:
 
 
 def _identified(found: list[InputFile]) -> list[InputFile]:
-    """The files with what their content is: where the place does not tell, they are hashed."""
+    """The files with what their content is: where the place does not tell, they are hashed, and
+    watched from then on."""
 
     def identified(file: InputFile) -> InputFile:
         if file.identity:
             return file
-        return replace(file, identity=f"sha256:{file_sha256(Path(file.path))}")
+        path = Path(file.path)
+        modified_ns = path.stat().st_mtime_ns
+        return replace(file, identity=f"sha256:{file_sha256(path)}", modified_ns=modified_ns)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(identified, found))
@@ -256,6 +280,16 @@ def _found(work: _Work, place: Place) -> Manifest | None:
     return load_manifest(work.folder) if work.folder.exists() else None
 
 
+def _merged(work: _Work) -> Manifest | None:
+    """The manifest where all slices were put together before, here or on the bucket."""
+    if work.folder.exists():
+        return load_manifest(work.folder)
+    if work.store is None:
+        return None
+    content = work.store.read(MANIFEST)
+    return None if content is None else parse_manifest(content, f"{work.store.url}/{MANIFEST}")
+
+
 def _checked(work: _Work, manifest: Manifest) -> Manifest:
     """The manifest, whose sizes and tokenizer are as it says."""
     folder = work.folder
@@ -266,32 +300,25 @@ def _checked(work: _Work, manifest: Manifest) -> Manifest:
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file() or file_sha256(path) != manifest.tokenizer_sha256:
         raise Fault(f"{path}: missing or altered since it was written; {REMEDY}")
-    if manifest.bad and work.task.options.on_bad == "refuse":
-        first = next(iter(manifest.bad_named.values()))
-        raise UserError(
-            f"{folder} leaves out {sum(manifest.bad.values()):,} broken documents ({first}); say "
-            "data.on_bad=skip to use it"
-        )
+    _refuse_bad(work, manifest)
     return manifest
 
 
+def _refuse_bad(work: _Work, manifest: Manifest) -> None:
+    _refuse_left_out(work, work.folder, manifest.bad, manifest.bad_named)
+
+
+def _refuse_left_out(work: _Work, folder: Path, bad: dict[str, int], named: dict[str, str]) -> None:
+    """Whoever does not want broken documents left out is told where another run did."""
+    if bad and work.task.options.on_bad == "refuse":
+        first = next(iter(named.values()))
+        raise UserError(
+            f"{folder} leaves out {sum(bad.values()):,} broken documents ({first}); say "
+            "data.on_bad=skip to use it"
+        )
+
+
 # ---------------------------------------------------------------- made
-
-
-@contextmanager
-def _alone(work: _Work) -> Iterator[None]:
-    """Nobody else prepares the same here. Raises UserError where one of many machines does."""
-    waiting = "waiting for another process that prepares the same"
-    with locked(work.lock(), on_wait=lambda: work.watch.say(waiting)):
-        for path in work.folder.parent.glob(f".{work.folder.name}.rank*.lock"):
-            with path.open("a+b") as file:
-                if not try_lock(file):
-                    rank = path.name.removesuffix(".lock").rpartition("rank")[2]
-                    raise UserError(
-                        f"rank {rank} of this preparation is at work in {work.folder.parent}; "
-                        "wait for it"
-                    )
-        yield
 
 
 @contextmanager
@@ -309,8 +336,7 @@ def _begun(work: _Work, *, fresh: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
-        alone = not list(folder.parent.glob(f".{work.folder.name}.rank*.lock"))
-        if alone and not any(folder.glob("slice_*.json")):
+        if not together.has_ranks(work.folder) and not any(folder.glob("slice_*.json")):
             shutil.rmtree(folder)
         raise
 

@@ -67,7 +67,8 @@ class Manifest:
     `seed` is of the documents' order, None where they are in the order of the files. `duplicates`
     were left out, and so were those that `bad` counts by what was wrong; `bad_named` has the first
     of each. `lengths` (in tokens) and `languages` (shares of a sample; None where they were not
-    looked at) tell what kind of documents there are.
+    looked at) tell what kind of documents there are. These five are of what was read: of the slice
+    that a cap ends in, that may be more than was kept, and another machine may have read more.
     """
 
     version: int
@@ -128,14 +129,17 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], *, vocab_size: int) -> Non
         file.write(np.ascontiguousarray(tokens, dtype=dtype).data)
 
 
-def open_shard(path: Path) -> Tokens:
-    """The shard's tokens, memory-mapped. Raises Fault for a truncated or foreign file."""
+def open_shard(path: Path, *, tokens: int | None = None) -> Tokens:
+    """The shard's tokens, memory-mapped. Raises Fault for a truncated or foreign file; where it is
+    one of ours, which has so many `tokens`, for one without a header too."""
     if not path.is_file():
         raise Fault(f"{path}: shard is missing; {REMEDY}")
     size = path.stat().st_size
     words = np.fromfile(path, dtype="<i4", count=3)
     dtype = _FORMATS.get((int(words[0]), int(words[1]))) if len(words) == 3 else None
     if dtype is None or size < HEADER_BYTES:
+        if tokens is not None:
+            raise Fault(f"{path}: has no header, so it was half written; {REMEDY}")
         return _open_headerless(path, size_bytes=size)
     count = int(words[2])
     found = (size - HEADER_BYTES) / dtype.itemsize
@@ -144,6 +148,8 @@ def open_shard(path: Path) -> Tokens:
             f"{path}: header says {count:,} tokens, the file holds {found:,.10g}; it was cut short "
             f"or altered: {REMEDY}"
         )
+    if tokens not in (None, count):
+        raise Fault(f"{path}: has {count:,} tokens, not the {tokens:,} it was made with; {REMEDY}")
     return _mapped(path, dtype=dtype, offset=HEADER_BYTES, count=count)
 
 

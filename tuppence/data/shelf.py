@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from tuppence.data.work import Done, done_of, name_of
+from tuppence.data.shards import Tokens, open_shard
+from tuppence.data.work import Done, Part, done_of, name_of
 from tuppence.errors import Fault
 from tuppence.files import file_sha256, write_whole
 from tuppence.store import Away, Store
@@ -30,6 +31,11 @@ class Shelf:
 
     def __init__(self, folder: Path, store: Store | None = None) -> None:
         self.folder, self.store = folder, store
+
+    @property
+    def place(self) -> str:
+        """Where what is finished lies, for people."""
+        return str(self.folder) if self.store is None else self.store.url
 
     def look(self) -> None:
         """Learn which slices are finished by now, whoever made them."""
@@ -59,6 +65,10 @@ class Shelf:
         os.replace(aside, path)
         return path
 
+    def tokens(self, part: Part) -> Tokens:
+        """The tokens of a shard that was made here. Raises Fault for one that is half written."""
+        return open_shard(self.need(part.file, part.sha256), tokens=part.tokens)
+
     def finished(self, done: Done) -> None:
         """A slice is through."""
         if self.store is None:
@@ -83,6 +93,19 @@ class Shelf:
         assert self.store is not None
         store = self.store
         self._tried(partial(store.write, name, content))
+
+    def note(self, name: str, content: bytes) -> None:
+        """Write a note for whoever works at this preparation."""
+        write_whole(self.folder / name, content)
+        if self.store is not None:
+            self.write(name, content)
+
+    def noted(self, name: str) -> bytes | None:
+        """A note, as the bucket has it where there is one."""
+        if self.store is not None:
+            return self._tried(partial(self.store.read, name))
+        path = self.folder / name
+        return path.read_bytes() if path.exists() else None
 
     def clear(self, keep: Iterable[str] = ()) -> None:
         """Delete what slices have left, here and on the bucket, but for these."""

@@ -8,6 +8,9 @@ much of the corpus is read after them: neither a cap nor files added at the end 
 judged by. Of a single text the last tenth is set apart (nanoGPT's split of Shakespeare).
 
     val = min(10,485,760, bytes of the files / 50)      a tenth of plain English, less of most else
+
+Where that is more than half of all tokens (the files hold little text, or much the same) val is a
+tenth of them. So that a cap does not change this, at least twice val is read under any.
 """
 
 from __future__ import annotations
@@ -34,30 +37,39 @@ class Asked:
         """How many tokens of the stream are needed; None for all of them."""
         if self.max_tokens is None or self.single:
             return None
-        return self.max_tokens + self._first()
+        first = self._first()
+        return first + max(self.max_tokens, first if self.val_tokens is None else 0)
 
-    def split(self, tokens: int) -> Split:
-        """The split of a stream that ends after `tokens`. Raises UserError where the validation
-        split would be more than half of it."""
-        val = self.val_tokens if self.val_tokens is not None else self._default(tokens)
-        if 2 * val > tokens and self.val_tokens is not None:
-            raise UserError(
-                f"data.val_tokens {val:,} is more than half of the {tokens:,} tokens there are; "
-                f"give at most {tokens // 2:,}"
-            )
+    def split(self, tokens: int, *, estimated: bool = False) -> Split:
+        """The split of a stream of which `tokens` were read. Raises UserError where these are all
+        there are and `val_tokens` is more than half of them; where that is only `estimated`, val is
+        half."""
+        val = self._default(tokens) if self.val_tokens is None else self.val_tokens
+        if self._refused(tokens):
+            if not estimated:
+                raise UserError(self._too_many(tokens, "tokens there are"))
+            val = tokens // 2
         most = tokens - val if self.max_tokens is None else self.max_tokens
         if self.single:
             return Split((0, min(most, tokens - val)), (tokens - val, tokens))
         return Split((val, min(val + most, tokens)), (0, val))
 
-    def rule(self, val: int) -> str:
-        """One sentence for the manifest, where `val` tokens came out."""
+    def refuse_beyond(self, most: int) -> None:
+        """Raises UserError where even `most` tokens would be too few for the val split that is
+        asked for, before any of them is made."""
+        if self._refused(most):
+            raise UserError(self._too_many(most, "tokens that so many bytes can be"))
+
+    def rule(self, split: Split) -> str:
+        """One sentence for the manifest on what came out."""
+        val, train = (stop - first for first, stop in (split.val, split.train))
         tenth = self.single and self.val_tokens is None
         size = f"tenth (at most {VAL_MOST:,})" if tenth else f"{val:,}"
-        where = "last" if self.single else "first"
-        rest = "all the others" if self.max_tokens is None else f"the next {self.max_tokens:,}"
-        if self.single and self.max_tokens is not None:
-            rest = f"the first {self.max_tokens:,}"
+        where, behind = ("last", "first") if self.single else ("first", "next")
+        rest = "all the others"
+        if self.max_tokens is not None:
+            short = f"{rest}, {train:,}, fewer than data.max_tokens={self.max_tokens:,}"
+            rest = short if train < self.max_tokens else f"the {behind} {train:,}"
         return f"val is the {where} {size} of the stream's tokens, train is {rest}"
 
     def _first(self) -> int:
@@ -66,12 +78,19 @@ class Asked:
         return min(VAL_MOST, self.source_bytes // _BYTES_PER_VAL_TOKEN)
 
     def _default(self, tokens: int) -> int:
-        tenth = min(VAL_MOST, tokens - tokens * 9 // 10)
-        if self.single:
-            return tenth
+        if self.single or 2 * self._first() > tokens:
+            return min(VAL_MOST, tokens - tokens * 9 // 10)
+        return self._first()
+
+    def _refused(self, tokens: int) -> bool:
+        """Whether a stream that has no more than `tokens` is too short for `val_tokens`."""
         wanted = self.wanted_tokens()
-        full = wanted is not None and tokens >= wanted  # there may be more text behind them
-        return self._first() if full else min(self._first(), tenth)
+        ends = wanted is None or tokens < wanted
+        return ends and self.val_tokens is not None and 2 * self.val_tokens > tokens
+
+    def _too_many(self, tokens: int, there: str) -> str:
+        asked = f"data.val_tokens {self.val_tokens:,} is more than half of the {tokens:,} {there}"
+        return f"{asked}; give at most {tokens // 2:,}"
 
 
 @dataclass(frozen=True)

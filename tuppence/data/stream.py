@@ -8,6 +8,7 @@ encoded from the window after the last certain one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -18,6 +19,7 @@ from tuppence.data.shelf import Shelf
 from tuppence.data.work import Done, SliceWriter, done_of
 from tuppence.errors import UserError
 from tuppence.text.formats import Meter
+from tuppence.text.inputs import check_unchanged
 from tuppence.text.slices import Slice
 from tuppence.text.windows import Window, windows_of
 
@@ -122,7 +124,13 @@ class Stream:
             dtype=self.job.dtype,
             shard_tokens=self.shard_tokens,
             bands=self.bands,
+            check=functools.partial(self._check, number),
         )
+
+    def _check(self, number: int) -> None:
+        """Raises Fault where a file that this slice comes from has changed."""
+        for part in self.slices[number]:
+            check_unchanged(self.job.files[part.file])
 
     def _end(self, writer: SliceWriter | None, *, all_: bool) -> None:
         if writer is not None:

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,8 @@ class Done:
     """What has been written of a slice: of its first `windows` windows, or `all` of them.
 
     `bad` counts the documents that were left out by why, `named` has the first of each;
-    `bytes` is the UTF-8 text that the tokens stand for.
+    `bytes` is the UTF-8 text that the tokens stand for; `begun` are the tokens of a document that
+    goes on in the next window, and is not among the lengths yet.
     """
 
     slice: int
@@ -60,6 +62,7 @@ class Done:
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
     named: dict[str, str] = dataclasses.field(default_factory=dict)
     lengths: Lengths = dataclasses.field(default_factory=Lengths)
+    begun: int = 0
     languages: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -86,12 +89,22 @@ def done_of(folder: Path, slice_: int) -> Done:
 
 
 class SliceWriter:
-    """Appends windows to one slice's files, going on from what is certain."""
+    """Appends windows to one slice's files, going on from what is certain.
+
+    `check` raises where what was read is not what was asked for; then it does not become certain.
+    """
 
     def __init__(
-        self, folder: Path, slice_: int, *, dtype: np.dtype[Any], shard_tokens: int, bands: int
+        self,
+        folder: Path,
+        slice_: int,
+        *,
+        dtype: np.dtype[Any],
+        shard_tokens: int,
+        bands: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.done = done_of(folder, slice_)
+        self.done, self._check = done_of(folder, slice_), check
         self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
         self._shard: BinaryIO | None = None
         self._keys: BinaryIO | None = None
@@ -107,7 +120,7 @@ class SliceWriter:
             starts = (encoded.starts + done.tokens).astype("<u8")[:, None]
             self._keys.write(np.hstack([starts, encoded.keys.astype("<u8")]).tobytes())
         self._write(encoded.ids)
-        ends = np.append(encoded.starts, len(encoded.ids))
+        lengths, begun = _lengths(encoded, done.begun)
         self.done = replace(
             self.done,
             finished=False,
@@ -117,7 +130,8 @@ class SliceWriter:
             bytes=done.bytes + encoded.text_bytes,
             bad=dict(Counter(done.bad) + Counter(bad.why for bad in encoded.bad)),
             named={**_first_of_each(encoded.bad), **done.named},
-            lengths=done.lengths.plus(np.diff(ends)),
+            lengths=done.lengths.plus(lengths),
+            begun=begun,
             languages=dict(Counter(done.languages) + encoded.languages),
         )
         if time.monotonic() - self._committed > COMMIT_SECONDS:
@@ -125,6 +139,7 @@ class SliceWriter:
 
     def commit(self) -> None:
         """Make what was written certain."""
+        self._check()
         for file in (self._shard, self._keys):
             if file is not None:
                 file.flush()
@@ -195,6 +210,17 @@ class SliceWriter:
             os.fsync(self._shard.fileno())
             self._shard.close()
             self._shard = None
+
+
+def _lengths(encoded: Encoded, begun: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Tokens of the documents that end in the window, and of the one that goes on; `begun` are
+    those that its first has before it."""
+    lengths = np.diff(encoded.starts, prepend=0, append=len(encoded.ids))
+    lengths[0] += begun
+    lengths = lengths[0 if lengths[0] else 1 :]  # unless a document begins with the window
+    if not encoded.goes_on:
+        return lengths, 0
+    return lengths[:-1], int(lengths[-1:].sum())
 
 
 def _first_of_each(bad: list[Bad]) -> dict[str, str]:

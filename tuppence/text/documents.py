@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tuppence.text.formats import MOST_BYTES, Item, TooLong
-from tuppence.text.inputs import InputFile
+from tuppence.text.inputs import InputFile, some_of
+
+AS_LINES = "; of an array, jq -c '.[]' makes such lines, and jq -c . of objects over many lines"
+ABSENT = object()
 
 
 class Bad(NamedTuple):
@@ -54,7 +57,8 @@ def _text_of(item: Item, shown: str, *, is_json: bool, text_field: str) -> str |
         return Bad("no_text", f"{shown}: the text is null")
     if isinstance(content, TooLong):
         message = f"{shown} is {content.bytes:,} bytes long, and {MOST_BYTES:,} are the most"
-        return Bad("too_long", message)
+        array = is_json and item.place in ("line 1", "the line at byte 0")
+        return Bad("too_long", message + AS_LINES * array)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -67,21 +71,40 @@ def _json_text(line: str, shown: str, *, text_field: str) -> str | Bad:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number can have too many digits
-        return Bad("not_json", f"{shown} is not JSON ({error})")
+        spread = AS_LINES * (line.strip() in ("[", "{", "[{"))
+        return Bad("not_json", f"{shown} is not JSON ({error}){spread}")
     if not isinstance(row, dict):
         wanted = f'each line must look like {{"{text_field}": "..."}}'
-        return Bad("no_text", f"{shown} holds {_json_name(row)}, not an object; {wanted}")
-    text = row.get(text_field)
+        array = AS_LINES * isinstance(row, list)
+        return Bad("no_text", f"{shown} holds {_json_name(row)}, not an object; {wanted}{array}")
+    text = row[text_field] if text_field in row else _inside(row, text_field.split("."))
     if not isinstance(text, str):
-        there = ", ".join(row) or "no fields at all"
-        what = f"is {_json_name(text)}, not a string" if text_field in row else "is missing"
-        choose = f"the line has {there}: choose one with data.text_field"
-        return Bad("no_text", f"{shown}: field {text_field!r} {what}; {choose}")
+        return Bad("no_text", f"{shown}: field {text_field!r} {_no_text(text, row, text_field)}")
     # only an escape such as \ud800 can put half a character into a string
     if "\\u" in line and any("\ud800" <= c <= "\udfff" for c in text):
         half = "half a surrogate pair (an escape \\ud800 to \\udfff), which is no character"
         return Bad("not_utf8", f"{shown} has {half}")
     return text
+
+
+def _inside(row: object, names: list[str]) -> object:
+    """What fields in fields lead to; ABSENT where they do not."""
+    for name in names:
+        if not isinstance(row, dict) or name not in row:
+            return ABSENT
+        row = row[name]
+    return row
+
+
+def _no_text(found: object, row: dict[str, object], text_field: str) -> str:
+    """What a field holds that is no text, and which others there are."""
+    what = "is missing" if found is ABSENT else f"is {_json_name(found)}, not a string"
+    others = [name for name in row if name != text_field]
+    if found is not ABSENT and not others:
+        return what
+    also = "" if found is ABSENT else "also "
+    there = some_of(others) or "no fields at all"
+    return f"{what}; the line has {also}{there}: choose one with data.text_field"
 
 
 def _json_name(value: object) -> str:

@@ -22,15 +22,17 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from tuppence.errors import UserError
-from tuppence.text.inputs import InputFile
+from tuppence.text.columns import cells_of, rows_at_once, text_path
+from tuppence.text.inputs import InputFile, check_unchanged
 from tuppence.text.slices import Part
+from tuppence.text.xz import Xz
 from tuppence.tokenizer.pieces import Cut, Piece, recut
 
 BLOCK_BYTES = 1 << 20
 MOST_BYTES = 1 << 25  # of one line or row
 MOST_WHOLE = 1 << 22  # characters of a text that a tokenizer must see whole: it takes 500 MB
 WHOLE_TEXT_BYTES = 1 << 22  # a longer .txt comes in pieces
-PARQUET_ROWS = 256
+BOM = b"\xef\xbb\xbf"  # what some editors write at the beginning of a file; it is no text
 ITEM_BYTES = 200  # that Python takes for an item besides what is in it
 
 
@@ -84,11 +86,13 @@ class _Readable(Protocol):
 
 
 def open_input(file: InputFile) -> BinaryIO:
-    """The file, open for reading and seekable. Raises UserError where it cannot be opened."""
+    """The file, open for reading and seekable. Raises UserError where it cannot be opened, Fault
+    where it has changed."""
     if file.remote:
         from tuppence.text import remote
 
         return remote.opened(file)
+    check_unchanged(file)
     try:
         return open(file.path, "rb")
     except OSError as error:
@@ -124,7 +128,7 @@ def _decompressed(raw: BinaryIO, compression: str) -> _Readable:
     if compression == "gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == "xz":
-        return lzma.LZMAFile(raw)
+        return Xz(raw)
     if compression == "zst":
         import pyarrow
 
@@ -158,7 +162,8 @@ def _json_lines(file: InputFile, raw: BinaryIO, part: Part) -> Iterator[Item]:
     lines = _lines(_blocks(file, raw), at=max(0, start - 1))
     if start:
         next(lines, None)
-    for number, (at, line) in enumerate(lines, start=1):
+    for number, (at, found) in enumerate(lines, start=1):
+        line = found.removeprefix(BOM) if at == 0 and isinstance(found, bytes) else found
         if part.of > 1 and at >= end:
             return
         if isinstance(line, TooLong) or (line and not line.isspace()):
@@ -200,21 +205,14 @@ def _rows(file: InputFile, raw: BinaryIO, part: Part, *, text_field: str) -> Ite
         source = _spooled(file, raw, spool) if file.compression else raw
         try:
             table = pyarrow.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
-            _check_column(file, table.schema_arrow, text_field=text_field)
+            path = text_path(file, table.schema_arrow, text_field=text_field)
             n = table.num_row_groups
             groups = [-(-index * n // part.of) for index in (part.nth, part.nth + 1)]
             sizes = [table.metadata.row_group(g).num_rows for g in range(groups[0])]
             numbers = itertools.count(sum(sizes) + 1)
-            for batch in table.iter_batches(
-                batch_size=PARQUET_ROWS,
-                row_groups=list(range(*groups)),
-                columns=[text_field],
-                use_threads=False,
-            ):
-                cells = batch[0].cast(pyarrow.large_binary()).to_pylist()
-                for cell, number in zip(cells, numbers, strict=False):
-                    long = cell is not None and len(cell) > MOST_BYTES
-                    content = TooLong(len(cell)) if long else cell
+            for group in range(*groups):
+                for cell, number in zip(_cells(table, group, path), numbers, strict=False):
+                    content = TooLong(cell) if isinstance(cell, int) else cell
                     yield Item(part.file, f"row {number:,}", content)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
@@ -223,25 +221,23 @@ def _rows(file: InputFile, raw: BinaryIO, part: Part, *, text_field: str) -> Ite
             ) from None
 
 
+def _cells(table: Any, group: int, path: list[str]) -> Iterator[bytes | int | None]:
+    """The text of each row of a row group; of one that is too long its length."""
+    column = ".".join(path)
+    for batch in table.iter_batches(
+        batch_size=rows_at_once(table.metadata.row_group(group), column),
+        row_groups=[group],
+        columns=[column],
+        use_threads=False,
+    ):
+        yield from cells_of(batch, path, most_bytes=MOST_BYTES)
+
+
 def _spooled(file: InputFile, raw: BinaryIO, spool: Any) -> BinaryIO:
     for block in _blocks(file, raw):
         spool.write(block)
     spool.seek(0, io.SEEK_SET)
     return cast(BinaryIO, spool)
-
-
-def _check_column(file: InputFile, schema: Any, *, text_field: str) -> None:
-    if text_field not in schema.names:
-        raise UserError(
-            f"{file.shown}: row 1 has no field {text_field!r}; it has {', '.join(schema.names)}: "
-            "choose one with data.text_field"
-        )
-    kind = str(schema.field(text_field).type)
-    if kind not in ("string", "large_string", "string_view"):
-        raise UserError(
-            f"{file.shown}: field {text_field!r} holds {kind}, not strings; "
-            "choose another with data.text_field"
-        )
 
 
 # ---------------------------------------------------------------- texts
@@ -258,7 +254,7 @@ def _text(file: InputFile, raw: BinaryIO, part: Part, *, cut: Cut) -> Iterator[I
         if held_bytes > WHOLE_TEXT_BYTES:
             break
     else:
-        yield Item(part.file, "", b"".join(held))
+        yield Item(part.file, "", b"".join(held).removeprefix(BOM))
         return
     decoded = _decoded(file, itertools.chain(held, blocks))
     for piece in recut(_checked(file, decoded, cut=cut), cut=cut):
@@ -268,6 +264,7 @@ def _text(file: InputFile, raw: BinaryIO, part: Part, *, cut: Cut) -> Iterator[I
 def _decoded(file: InputFile, blocks: Iterator[bytes]) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     read_bytes = offset = 0
+    begun = False
     for block in itertools.chain(blocks, [b""]):
         try:
             text = decoder.decode(block, final=not block)
@@ -276,8 +273,12 @@ def _decoded(file: InputFile, blocks: Iterator[bytes]) -> Iterator[Piece]:
             at = read_bytes - (len(error.object) - len(block)) + error.start
             bad = error.object[error.start]
             raise UserError(
-                f"{file.shown}: not UTF-8 at byte {at:,} (0x{bad:02x}); convert the file to UTF-8"
+                f"{file.shown}: not UTF-8 at byte {at:,} (0x{bad:02x}); convert the file to UTF-8 "
+                f"(data.on_bad=skip leaves out no text above {WHOLE_TEXT_BYTES:,} bytes: it is "
+                "written while it is read)"
             ) from None
+        if text and not begun:
+            text, begun = text.removeprefix("\ufeff"), True
         yield Piece(text, 0, offset, not block)
         read_bytes, offset = read_bytes + len(block), offset + len(text)
 

@@ -21,18 +21,18 @@ from urllib.parse import unquote
 
 from tuppence.errors import UserError
 from tuppence.text import remote
-from tuppence.text.inputs import InputFile, kind_of
+from tuppence.text.folders import rule_of
+from tuppence.text.inputs import InputFile, kind_of, some_of
 
 CONVERTED = "refs/convert/parquet"
 MAGIC = re.compile(r"[*?\[]")
 TRAIN = {"train", "training"}
 OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 # The best kind that there is: a dataset often has the same text in several.
-SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".txt")
 NOT_TEXT = re.compile(
     r"(^|/)(\.|readme|licen[cs]e|dataset_infos?\.json|state\.json)", re.IGNORECASE
 )
-MOST_NAMED = 12
 _PLACE = re.compile(
     r"hf://(?:datasets/)?(?P<repository>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/(?:convert/[\w.-]+|pr/\d+)|[^/]+))?(?:/(?P<inside>.*))?"
@@ -100,7 +100,7 @@ def _chosen(source: str, place: Place, listing: Listing) -> list[InputFile]:
     if not found:
         there = listing.configs or sorted({_inside(file).partition("/")[0] for file in files})
         raise UserError(
-            f"{source}: nothing to read there at commit {listing.sha[:12]}; it has {_some(there)}"
+            f"{source}: nothing to read there at commit {listing.sha[:12]}; it has {some_of(there)}"
         )
     return found
 
@@ -118,7 +118,7 @@ def _of_all(source: str, listing: Listing) -> list[InputFile]:
     names = set(listing.configs) or _folders(found)
     if len(names) > 1:
         raise UserError(
-            f"{source} has several parts, {_some(sorted(names))}: choose, for example "
+            f"{source} has several parts, {some_of(sorted(names))}: choose, for example "
             f"{source.rstrip('/')}/{min(names)}"
         )
     return found
@@ -141,9 +141,7 @@ def _folders(files: list[InputFile]) -> set[str]:
 
 
 def _matching(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
-    from fsspec.utils import glob_translate
-
-    rules = [re.compile(glob_translate(pattern)) for pattern in patterns]
+    rules = [rule_of(pattern) for pattern in patterns]
     return [file for file in files if any(rule.match(_inside(file)) for rule in rules)]
 
 
@@ -159,12 +157,6 @@ def _words(path: str) -> set[str]:
 def _inside(file: InputFile) -> str:
     """Its path in the dataset."""
     return file.path.partition("@")[2].partition("/")[2]
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
-    return ", ".join(every[:MOST_NAMED]) + more
 
 
 # ---------------------------------------------------------------- asking the Hub

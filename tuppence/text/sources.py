@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from tuppence.errors import UserError
 from tuppence.files import asset
 from tuppence.store import Away, Entry, Store, is_url
 from tuppence.text import corpora
-from tuppence.text.inputs import COMPRESSIONS, KINDS, SUFFIXES, InputFile, kind_of
+from tuppence.text.folders import files_below, is_hidden, matching, rule_of
+from tuppence.text.inputs import COMPRESSIONS, KINDS, SUFFIXES, InputFile, kind_of, suffix_of
 
 CORPORA = {"shakespeare": "shakespeare.txt"}
 
 MAGIC = re.compile(r"[*?\[]")
 PLACES = ("s3", "gs", "hf", "https", "http", "file", "memory")
+BUCKETS = ("s3://", "gs://", "memory://")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _KNOWN = ", ".join(f".{kind}" for kind in KINDS)
 _PACKED = ", ".join(f".{compression}" for compression in COMPRESSIONS)
@@ -33,8 +37,10 @@ def find_files(source: str) -> list[InputFile]:
     """The files that `source` names, in reading order. Raises UserError where there are none."""
     if not source.strip():
         raise UserError(f"data.source is empty; give one of {', '.join(CORPORA)}, or a path")
-    if "," in source and not _exists(source):
-        return [file for part in source.split(",") for file in find_files(part.strip())]
+    if len(parts := _parts(source)) > 1:
+        if "" in parts:
+            raise UserError(f"data.source={source}: a comma with nothing beside it; leave it out")
+        return [file for part in parts for file in find_files(part)]
     if source in CORPORA:
         return [_known_file(asset(CORPORA[source]), source)]
     if is_url(source):
@@ -44,12 +50,31 @@ def find_files(source: str) -> list[InputFile]:
         return _in_folder(path, source)
     if path.is_file():
         return [_known_file(path, source)]
+    if path.is_symlink() or _exists(source):
+        raise UserError(_not_a_file(path, source))
     if glob.has_magic(source):
         return _matching(path, source)
     if source in corpora.CORPORA:
         corpora.check_preparable(source)
         return _elsewhere(corpora.CORPORA[source].source)
     raise UserError(_nothing_there(path, source))
+
+
+def left_out(source: str) -> dict[str, int]:
+    """How many files of the folders and buckets in `source` are not read, by what their names end
+    in. Hidden ones are not counted; of other places, and what is not there, nothing is told."""
+    counts: Counter[str] = Counter()
+    for part in _parts(source):
+        path = Path(part.removeprefix("file://")).expanduser()
+        if part in CORPORA:
+            continue
+        if part.startswith(BUCKETS) and not MAGIC.search(part) and not kind_of(part):
+            names = _names_on_bucket(part)
+            texts = _texts_of(names)
+        else:
+            names, texts = _below(path) if path.is_dir() else ([], [])
+        counts.update(suffix_of(name) for name in set(names) - set(texts) if not is_hidden(name))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def source_bytes(found: list[InputFile]) -> int:
@@ -76,6 +101,11 @@ def _name_of_url(url: str) -> str:
     plain = re.sub(r"@(refs/\w+/\w+|[^/]+)", "", rest.removeprefix("datasets/"))
     parts = [part for part in plain.split("/") if part and not MAGIC.search(part)]
     return "-".join(parts[1:]) if protocol == "hf" else "".join(parts[-1:])
+
+
+def _parts(source: str) -> list[str]:
+    listed = "," in source and not _exists(source)
+    return [part.strip() for part in source.split(",")] if listed else [source]
 
 
 def _exists(path: str) -> bool:
@@ -126,9 +156,11 @@ def _on_bucket(url: str) -> list[InputFile]:
     except Away as error:
         raise UserError(f"{url}: {store.advice(error)}") from None
     if some:
-        names = _matches(list(entries), url.removeprefix(f"{store.url}/"))
+        pattern = url.removeprefix(f"{store.url}/")
+        rule, hidden = rule_of(pattern), is_hidden(pattern)
+        names = [name for name in entries if rule.match(name) and hidden >= is_hidden(name)]
     else:
-        names = _of_texts([name for name in entries if kind_of(name)])
+        names = _texts_of(list(entries))
     found = _entries({name: entries[name] for name in sorted(names)}, store.url)
     if not found:
         store.reach()  # which may know a better reason
@@ -136,47 +168,58 @@ def _on_bucket(url: str) -> list[InputFile]:
     return found
 
 
+def _names_on_bucket(url: str) -> list[str]:
+    store = Store(url)
+    try:
+        return [name for name in store.entries() if name]
+    except Away as error:
+        raise UserError(f"{url}: {store.advice(error)}") from None
+
+
 def _entries(entries: dict[str, Entry], folder: str) -> list[InputFile]:
-    """Those objects that are of a known kind and have a content."""
+    """Those objects that are of a known kind."""
     return [
         InputFile(url, url, *kind, entry.bytes, f"etag:{entry.tag}")
         for name, entry in entries.items()
         for url in [f"{folder}/{name}"]
-        if (kind := kind_of(name)) and entry.bytes
+        if (kind := kind_of(name))
     ]
 
 
-def _matches(names: list[str], pattern: str) -> list[str]:
-    from fsspec.utils import glob_translate
+def _texts_of(names: list[str]) -> list[str]:
+    """What is read of a folder: nothing hidden, and beside other kinds no .json, which tells about
+    them."""
+    known = [name for name in names if kind_of(name) and not is_hidden(name)]
+    others = [name for name in known if not re.search(r"(?i)\.json(\.\w+)?$", name)]
+    return others or known
 
-    rule = re.compile(glob_translate(pattern))
-    return [name for name in names if rule.match(name)]
 
-
-def _of_texts(names: list[str]) -> list[str]:
-    """Beside files of other kinds, what is called .json tells about them."""
-    others = [name for name in names if not re.search(r"(?i)\.json(\.\w+)?$", name)]
-    return others or names
+def _below(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of all that is below a folder, and of those the files that are read."""
+    names = [path.relative_to(folder).as_posix() for path in files_below(folder)]
+    return names, _texts_of([name for name in names if (folder / name).is_file()])
 
 
 def _in_folder(folder: Path, shown: str) -> list[InputFile]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
-    within = _of_texts([path.relative_to(folder).as_posix() for path in paths])
-    found = [
-        _known_file(folder / name, f"{shown.rstrip('/')}/{name}")
-        for name in sorted(within, key=lambda name: name.split("/"))
-    ]
+    _, names = _below(folder)
+    found = [_known_file(folder / name, f"{shown.rstrip('/')}/{name}") for name in names]
     if not found:
         raise UserError(f"{shown}: no files of a known kind below this folder ({_KNOWN})")
     return found
 
 
 def _matching(pattern: Path, shown: str) -> list[InputFile]:
-    paths = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
-    found = [_known_file(path, str(path)) for path in paths if path.is_file()]
+    found = [_known_file(path, str(path)) for path in matching(pattern)]
     if not found:
         raise UserError(f"{shown}: no files match; a glob is taken from {Path.cwd()}")
     return found
+
+
+def _not_a_file(path: Path, shown: str) -> str:
+    """What is said of a name that is there, and can be neither opened nor listed."""
+    if path.is_symlink() and not path.exists():
+        return f"{shown}: a link to {os.readlink(path)}, which is not there; correct the link"
+    return f"{shown}: neither a file nor a folder; write the text to a file, for it is read twice"
 
 
 def _nothing_there(path: Path, shown: str) -> str:
@@ -189,7 +232,7 @@ def _nothing_there(path: Path, shown: str) -> str:
         near = [str(path.parent / name) for name in names]
     hint = f"did you mean {near[0]}? " if near else ""
     return (
-        f"data.source {shown!r}: no such file; {hint}Give a corpus by its name "
-        f"({', '.join([*CORPORA, *corpora.CORPORA])}), a file ({_KNOWN}), a folder, a glob, a URL "
+        f"data.source {shown!r}: no such file; {hint}Give a corpus by its name (shakespeare, "
+        f"tinystories, fineweb_edu_10bt, ...), a file ({_KNOWN}), a folder, a glob, a URL "
         "(hf://OWNER/NAME, s3://..., https://...), or a list with commas"
     )

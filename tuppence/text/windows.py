@@ -2,8 +2,8 @@
 
     slice   | window 0 | window 1 | window 2 | ...        4 MiB or so of what was read, each
 
-A window ends with the item that fills it, so it follows from the input alone. A long text, which
-comes in pieces, has windows of its own.
+A window ends with the item that fills it, or with its file, so it follows from the input alone.
+Texts that are files of their own share windows; a long one, which comes in pieces, has its own.
 """
 
 from __future__ import annotations
@@ -38,18 +38,28 @@ def windows_of(
     meter: Meter,
 ) -> Iterator[Window]:
     """The windows of slice `number`, in order. Raises UserError for a file that cannot be read."""
-    count = 0
+    groups = _groups(slice_, files, text_field=text_field, cut=cut, meter=meter)
+    for count, items in enumerate(groups):
+        yield Window(number, count, items)
+
+
+def _groups(
+    slice_: Slice, files: Sequence[InputFile], *, text_field: str, cut: Cut, meter: Meter
+) -> Iterator[list[Item]]:
     held: list[Item] = []
     held_bytes = 0
     for part in slice_:
         for item in read_items(files[part.file], part, text_field=text_field, cut=cut, meter=meter):
             if held and item.whole != held[-1].whole:
-                yield Window(number, count, held)
-                count, held, held_bytes = count + 1, [], 0
+                yield held
+                held, held_bytes = [], 0
             held.append(item)
             held_bytes += item.bytes()
             if held_bytes >= WINDOW_BYTES or (not item.whole and item.last):
-                yield Window(number, count, held)
-                count, held, held_bytes = count + 1, [], 0
+                yield held
+                held, held_bytes = [], 0
+        if held and files[part.file].kind != "txt":  # files that follow change nothing before them
+            yield held
+            held, held_bytes = [], 0
     if held:
-        yield Window(number, count, held)
+        yield held

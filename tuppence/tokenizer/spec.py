@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,8 @@ from tuppence.tokenizer.kinds import ByteTokenizer, CharTokenizer, Ids, JsonToke
 from tuppence.tokenizer.pieces import Cut
 from tuppence.tokenizer.ranked import RankedTokenizer, pairs_of
 from tuppence.tokenizer.ranks import PUBLISHED
+
+MOST_LOST = 0.01  # of a text's letters: accents and rare signs may be normalised away
 
 Texts = Callable[[], Iterator[str]]
 
@@ -94,6 +97,18 @@ def build_tokenizer(spec: str, *, texts: Texts, single_document: bool | None = N
     if kind == "bpe":
         return learned.learn(int(argument), texts())
     return _from_json(Path(argument), name=spec)
+
+
+def check_keeps(sample: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError for a tokenizer that loses letters of this text, for want of tokens."""
+    before = Counter(c for c in sample.casefold() if c.isalnum())
+    after = Counter(tokenizer.decode(tokenizer.encode(sample)).casefold())
+    lost = (before - after).total()
+    if lost > MOST_LOST * before.total():
+        raise UserError(
+            f"data.tokenizer {tokenizer.name}: of {before.total():,} letters and digits of this "
+            f"text {lost:,} do not come back from its tokens; use one that has bytes, such as gpt2"
+        )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
