@@ -20,7 +20,7 @@ from tuppence.files import asset
 from tuppence.tokenizer import ranks
 from tuppence.tokenizer.json_file import merges_of, spelled
 from tuppence.tokenizer.pieces import Piece, recut
-from tuppence.tokenizer.ranks import GPT2_SPLIT, published_ranks
+from tuppence.tokenizer.ranks import GPT2_SPLIT, published_merges, published_ranks
 from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, load_tokenizer, spec_identity
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -279,3 +279,8 @@ def test_possessive_pattern_is_the_published_one() -> None:
     assert plain_tiktoken()._pat_str != GPT2_SPLIT.regex
     for text in HARD:
         assert made("gpt2").encode(text).tolist() == plain_tiktoken().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k"])
+def test_where_published_tokens_are_joined_is_what_their_ranks_say(name: str) -> None:
+    assert published_merges(name) == merges_of(published_ranks(name))

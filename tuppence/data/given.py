@@ -40,14 +40,13 @@ from tuppence.data.shards import (
 )
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256, locked, write_whole
-from tuppence.store import Away, Store, is_url
+from tuppence.store import KNOWN, Away, Store, is_url
 from tuppence.text.inputs import kind_of
 from tuppence.text.sources import MAGIC, slug_of
 from tuppence.tokenizer.spec import Tokenizer, build_tokenizer, parse_spec, spec_identity
 
 SPLITS = ("train", "val")
 GPT2_BYTES = 4.3  # that a token of English stands for, where nobody has counted
-BUCKETS = ("s3", "gs", "file", "memory")
 _BLOCK_TOKENS = 1 << 22
 _PROOF = 10_000  # characters that show whose tokens they are
 
@@ -159,7 +158,7 @@ def _manifest_of(source: str) -> Manifest | None:
         ours = os.path.isfile(path) and _is_ours(path.read_bytes())
         return load_manifest(path.parent) if ours else None
     protocol, _, rest = source.partition("://")
-    if protocol not in BUCKETS or kind_of(source) or MAGIC.search(source) or "," in rest:
+    if protocol not in KNOWN or kind_of(source) or MAGIC.search(source) or "," in rest:
         return None
     store = Store(source)
     store.reach()

@@ -34,7 +34,6 @@ Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 _UINT16, _UINT32 = np.dtype("<u2"), np.dtype("<u4")
 _FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): _UINT16, (20240801, 7): _UINT32}
-_HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

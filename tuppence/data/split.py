@@ -4,8 +4,9 @@
     one                | train ...        | (beyond the cap) | val |
 
 Many documents come shuffled, so the first of them are a fair sample; they are the same ones however
-much of the corpus is read after them: neither a cap nor files added at the end change what a run is
-judged by. Of a single text the last tenth is set apart (nanoGPT's split of Shakespeare).
+much of the corpus is read after them: no cap changes what a run is judged by, nor do files added at
+the end once val is full (10,485,760, or as asked). Of a single text the last tenth is set apart
+(nanoGPT's split of Shakespeare).
 
     val = min(10,485,760, bytes of the files / 50)      a tenth of plain English, less of most else
 
