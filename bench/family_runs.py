@@ -14,9 +14,9 @@ import peer_nanochat
 import torch
 from peer_nanochat import Peer
 
-from tuppence import evals
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
+from tuppence.evals.loss import val_loss
 from tuppence.host import code_sha256
 from tuppence.model import build
 from tuppence.tokenizer.spec import load_tokenizer
@@ -110,9 +110,7 @@ def train(job: Job) -> dict[str, Any]:
     token_bytes = load_tokenizer(job.shards / "tokenizer").token_bytes()
     batches = windows.batches(side.eval_batch)
     evaluating = time.perf_counter()
-    judged = evals.evaluate(
-        side.workers, batches, of_tokens=windows.tokens, token_bytes=token_bytes
-    )
+    judged = val_loss(side.workers, batches, of_tokens=windows.tokens, token_bytes=token_bytes)
     assert judged is not None
     batch_tokens, optimizer = job.plan.step.batch_tokens, job.plan.optimizer
     return {

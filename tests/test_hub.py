@@ -26,9 +26,10 @@ from small_runs import (
     text_ids,
 )
 
-from tuppence import checkpoint, cli, evals
+from tuppence import checkpoint, cli
 from tuppence.config import DataPlan
 from tuppence.data.prepare import prepare
+from tuppence.evals.generate import generate
 from tuppence.folder import RunFolder
 from tuppence.plan.hardware import Calibration
 from tuppence.tokenizer.spec import build_tokenizer, load_tokenizer
@@ -137,7 +138,7 @@ def test_transformers_goes_on_as_sample_does(name: str, runs: Runs, tuppence: Co
     peer = theirs(Path("out"), **({"trust_remote_code": True} if name == "looped" else {}))
     prompt = text_ids(65, length=4)[:1]
     found = peer.generate(prompt, max_new_tokens=12, do_sample=False)
-    ours = evals.generate(
+    ours = generate(
         Workers(best_model(run), count=1, device="cpu", precision="fp32"),
         prompt[0].tolist(),
         new_tokens=12,

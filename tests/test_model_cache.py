@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import SMALL, model_plan, on_one_thread, shaken
 
-from tuppence import evals
 from tuppence.config import ModelPlan
+from tuppence.evals.generate import generate, window_start
 from tuppence.model import Family
 from tuppence.model.cache import Cache
 from tuppence.workers import Workers
@@ -129,7 +129,7 @@ def test_cached_generation_is_the_naive_one(variant: str, temperature: float) ->
     for number in range(10):
         prompt = torch.randint(50, (1 + number,), generator=generator).tolist()
         ways = [
-            evals.generate(
+            generate(
                 workers,
                 prompt,
                 new_tokens=22,
@@ -153,7 +153,7 @@ def test_the_window_slides_by_quarters() -> None:
     quarters of it; it stands still while a quarter fills."""
     for context in (1, 2, 3, 4, 16, 100):
         quarter = max(1, context // 4)
-        starts = [evals.window_start(length, context) for length in range(1, 5 * context)]
+        starts = [window_start(length, context) for length in range(1, 5 * context)]
         assert starts[:context] == [0] * context
         for length, start in enumerate(starts, start=1):
             assert length - start <= context
@@ -175,5 +175,5 @@ def test_beyond_the_context_it_computes_the_window_and_no_more(monkeypatch) -> N
 
     monkeypatch.setattr(type(model), "forward", counting)
     workers = Workers(model, count=1, device="cpu", precision="fp32")
-    evals.generate(workers, [1, 2, 3], new_tokens=22, context=16, temperature=0)
+    generate(workers, [1, 2, 3], new_tokens=22, context=16, temperature=0)
     assert given == [3, *[1] * 13, 13, 1, 1, 1, 13, 1, 1, 1]

@@ -12,8 +12,8 @@ from families import SMALL, built, model_plan, on_one_thread, optimizer_plan, sh
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuppence import evals
 from tuppence.config import LoopPlan, ModelPlan
+from tuppence.evals.generate import generate
 from tuppence.model import looped
 from tuppence.model.cache import Cache
 from tuppence.model.layers import softcapped
@@ -382,7 +382,7 @@ def test_generation_with_early_exit_runs(looper: Looped, whole: bool) -> None:
     said = {}
     for exit_kl in (None, 0.0, 1e-3, 1e9):
         looper.exit_kl, looper.exit_whole = exit_kl, whole
-        said[exit_kl] = evals.generate(
+        said[exit_kl] = generate(
             workers, [1, 2, 3, 4, 1, 2], new_tokens=40, context=24, temperature=0
         )
     looper.exit_kl, looper.exit_whole = None, False

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tuppence import checkpoint, cli, evals, host
+from tuppence import checkpoint, cli, host
 from tuppence.config import DataPlan, ModelPlan
 from tuppence.data.loader import val_windows
 from tuppence.data.prepare import prepare
 from tuppence.errors import UserError
+from tuppence.evals.loss import val_loss
 from tuppence.model import Family, build, documents, looped
 from tuppence.model.cache import Cache
 from tuppence.model.documents import Documents, Spans, block_mask, dense_mask, document_end
@@ -388,7 +389,7 @@ def test_workers_and_evaluation_have_documents_too(variant: str) -> None:
     model = model_of(plan_of(variant))
     workers = Workers(model, count=2, device="cpu", precision="fp32")
     rows = [(IDX[i : i + 1].numpy(), TARGETS[i : i + 1].numpy()) for i in range(3)]
-    found = evals.evaluate(workers, rows, of_tokens=48, token_bytes=torch.ones(50).int().numpy())
+    found = val_loss(workers, rows, of_tokens=48, token_bytes=torch.ones(50).int().numpy())
     assert found is not None
     with torch.no_grad():
         assert found.loss == pytest.approx(model(IDX, TARGETS).item(), rel=1e-5)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from families import model_plan
 
-from tuppence import evals
+from tuppence.evals.generate import generate, window_start
+from tuppence.evals.loss import val_loss
 from tuppence.model import build
 from tuppence.workers import Workers
 
@@ -85,7 +86,7 @@ def windows(rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_evaluation_counts_every_target_once(count: int) -> None:
     workers = workers_of(count)
     token_bytes = np.full(40, 2)
-    found = evals.evaluate(workers, windows(10), of_tokens=149, token_bytes=token_bytes)
+    found = val_loss(workers, windows(10), of_tokens=149, token_bytes=token_bytes)
     assert found is not None
     nats = 0.0
     for inputs, targets in windows(10):
@@ -103,7 +104,7 @@ def test_evaluation_counts_every_target_once(count: int) -> None:
 def test_a_deadline_cuts_an_evaluation_short() -> None:
     past = time.monotonic() - 1
     kwargs = {"of_tokens": 149, "token_bytes": np.ones(40), "deadline": past}
-    assert evals.evaluate(workers_of(1), windows(10), **kwargs) is None
+    assert val_loss(workers_of(1), windows(10), **kwargs) is None
     ends = []
 
     def stop() -> None:
@@ -112,20 +113,18 @@ def test_a_deadline_cuts_an_evaluation_short() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evals.evaluate(
-            workers_of(1), windows(10), of_tokens=149, token_bytes=np.ones(40), tick=stop
-        )
+        val_loss(workers_of(1), windows(10), of_tokens=149, token_bytes=np.ones(40), tick=stop)
 
 
 def test_greedy_sampling_is_the_argmax_of_the_full_forward() -> None:
     workers, prompt = workers_of(1), [3, 1, 4, 1, 5]
-    ids = evals.generate(workers, prompt, new_tokens=50, context=32, temperature=0)
+    ids = generate(workers, prompt, new_tokens=50, context=32, temperature=0)
     assert ids[:5] == prompt
     assert len(ids) == 55
     assert len(set(ids)) > 5
     for end in range(5, 55):
         with torch.no_grad():
-            window = ids[evals.window_start(end, 32) : end]
+            window = ids[window_start(end, 32) : end]
             logits = workers.model(torch.tensor([window]))[0, -1]
         assert ids[end] == int(logits.argmax())
 
@@ -134,7 +133,7 @@ def test_sampling_follows_its_seed_and_stops() -> None:
     workers = workers_of(1)
 
     def sample(seed: int, **kwargs: object) -> list[int]:
-        return evals.generate(workers, [1], new_tokens=40, context=32, seed=seed, **kwargs)  # type: ignore[arg-type]
+        return generate(workers, [1], new_tokens=40, context=32, seed=seed, **kwargs)  # type: ignore[arg-type]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -142,6 +141,4 @@ def test_sampling_follows_its_seed_and_stops() -> None:
     first = sample(1)[1]
     assert sample(1, stop=first) == [1]
     assert sample(1, deadline=time.monotonic() - 1) == [1]
-    assert sample(1, top_k=1) == evals.generate(
-        workers, [1], new_tokens=40, context=32, temperature=0
-    )
+    assert sample(1, top_k=1) == generate(workers, [1], new_tokens=40, context=32, temperature=0)

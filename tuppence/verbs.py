@@ -126,9 +126,9 @@ def evaluate(args: Namespace) -> Document:
     if args.tasks != "bpb":
         raise UserError(f"--tasks {args.tasks}: this version has bpb")
     folder, found, workers, tokenizer = _load(args, cores=host.usable_cores())
-    from tuppence import evals
     from tuppence.checkpoint import choose
     from tuppence.data.loader import val_windows
+    from tuppence.evals.loss import val_loss
 
     recorded = folder.read_json("env.json")
     data_folder = Path(recorded["data_folder"]) if recorded else Path("?")
@@ -137,7 +137,7 @@ def evaluate(args: Namespace) -> Document:
             f"the shards of this run are not at {data_folder}; tuppence prepare makes them"
         )
     windows = val_windows(data_folder, sequence_len=found.model.sequence_len)
-    result = evals.evaluate(
+    result = val_loss(
         workers,
         windows.batches(found.cadence.eval_batch),
         of_tokens=windows.tokens,
@@ -159,12 +159,12 @@ def sample(args: Namespace) -> Document:
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 1:
         raise UserError("--tokens and --top-k are at least 1, --temperature at least 0")
     _, found, workers, tokenizer = _load(args, cores=1)
-    from tuppence import evals
+    from tuppence.evals.generate import generate
 
     prompt = tokenizer.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("the prompt has no tokens; give at least one character")
-    ids = evals.generate(
+    ids = generate(
         workers,
         prompt,
         new_tokens=args.tokens,

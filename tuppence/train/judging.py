@@ -5,8 +5,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from tuppence import evals
 from tuppence.data.loader import val_windows
+from tuppence.evals.generate import generate
+from tuppence.evals.loss import Evaluation, val_loss
 from tuppence.ranks import ALONE
 from tuppence.train.saving import save, stop_if_asked
 from tuppence.train.setup import Trainer
@@ -46,7 +47,7 @@ def evaluate(trainer: Trainer, *, deadline: float) -> None:
         trainer.saver.point("best", state.step)
 
 
-def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
+def _val_loss(trainer: Trainer, deadline: float) -> Evaluation | None:
     plan = trainer.plan
     windows = val_windows(
         trainer.place.data,
@@ -58,7 +59,7 @@ def _val_loss(trainer: Trainer, deadline: float) -> evals.Evaluation | None:
         trainer.at("evaluate")
         stop_if_asked(trainer, now=True)
 
-    return evals.evaluate(
+    return val_loss(
         trainer.workers,
         windows.batches(plan.cadence.eval_batch),
         of_tokens=windows.tokens,
@@ -78,7 +79,7 @@ def _sample(trainer: Trainer, deadline: float) -> None:
     trainer.at("evaluate", long=True)  # on every rank: those that do not sample wait
     if not (ranks.lead or together):
         return
-    ids = evals.generate(
+    ids = generate(
         trainer.workers,
         trainer.prompt,
         new_tokens=plan.cadence.sample_tokens,
