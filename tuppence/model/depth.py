@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
+from tuppence.model.branches import Branches
 from tuppence.model.cache import Cache
 from tuppence.model.documents import Mask, documents
 from tuppence.model.layers import (
@@ -204,22 +205,34 @@ class Depth(nn.Module):
         *,
         draws: Draws | None = None,
         cache: Cache | None = None,
+        branches: Branches | None = None,
+        read_N: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Logits [B, T, V], or with targets the cross-entropy in nats (targets of -1 ignored).
 
         With a `cache` the positions follow those it has seen. `reduction` is "mean" or "sum" over
         the targets. Nothing is drawn at random: `draws` is for the other families.
+
+        Rows may hold `branches`; `read_N` are the flat places of B x T at which logits are wanted:
+        [N, V] then.
         """
         start = cache.length if cache else 0
         stop = start + idx_BT.shape[1]
-        assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
         x_BTD = norm(self.wte(idx_BT))
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
-        rotary_2TK = self.rotary[:, start:stop].to(x_BTD.dtype)
-        masks: dict[int, Mask] = {w: self._mask(w, start, stop) for w in set(self.plan.windows)}
-        if self.documents is not None and cache is None:
-            docs_BT, kind = self.documents.of(idx_BT), x_BTD.dtype
+        kind, windows = x_BTD.dtype, set(self.plan.windows)
+        masks: dict[int, Mask]
+        if branches is not None:
+            rotary_2TK = self.rotary[:, branches.position_BT].to(kind)
+            docs_BT = self.documents.of(idx_BT, branches) if self.documents else None
+            masks = {w: branches.mask(kind, window=w, docs_BT=docs_BT)[None] for w in windows}
+        else:
+            assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
+            rotary_2TK = self.rotary[:, start:stop].to(kind)
+            masks = {w: self._mask(w, start, stop) for w in windows}
+        if self.documents is not None and cache is None and branches is None:
+            docs_BT = self.documents.of(idx_BT)
             for w in masks:
                 causal_TT = getattr(self, f"mask_{w}")
                 masks[w] = self.documents.mask(docs_BT, causal_TT, kind, window=w)
@@ -234,7 +247,7 @@ class Depth(nn.Module):
             x_BTD = block(x_BTD, rotary_2TK, masks[window], value, cache, i)
         if cache:
             cache.length = stop
-        x_BTD = norm(x_BTD)
+        x_BTD = norm(x_BTD if read_N is None else x_BTD.flatten(0, 1)[read_N])
         if targets_BT is None:
             return softcapped(self.lm_head(x_BTD))
         return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)

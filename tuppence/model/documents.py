@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tuppence.config import DataPlan
 from tuppence.errors import UserError
+from tuppence.model.branches import Branches
 
 if TYPE_CHECKING:  # it brings torch's compiler: seconds
     from torch.nn.attention.flex_attention import BlockMask
@@ -109,10 +110,12 @@ class Documents:
     dense: bool
     refusal: str | None
 
-    def of(self, idx_BT: Tensor) -> Tensor:
-        """The number of each token's document in its window."""
-        ends_BT = (idx_BT == self.end).int()
-        return ends_BT.cumsum(1, dtype=torch.int32) - ends_BT
+    def of(self, idx_BT: Tensor, branches: Branches | None = None) -> Tensor:
+        """The number of each token's document in its window, or in its own branch of it."""
+        ends_BT = idx_BT == self.end
+        if branches is not None:
+            return branches.count_before(ends_BT)
+        return ends_BT.int().cumsum(1, dtype=torch.int32) - ends_BT.int()
 
     def mask(
         self,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuppence.config import ModelPlan
+from tuppence.model.branches import Branches
 from tuppence.model.cache import Cache
 from tuppence.model.documents import Mask, documents
 from tuppence.model.layers import (
@@ -156,27 +157,43 @@ class GPT2(nn.Module):
         *,
         draws: Draws | None = None,
         cache: Cache | None = None,
+        branches: Branches | None = None,
+        read_N: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Logits [B, T, V], or with targets the cross-entropy in nats (targets of -1 ignored).
 
         `draws` (training) has the keys of dropout; with a `cache` the positions follow those it has
         seen. `reduction` is "mean" or "sum" over the targets.
+
+        Rows may hold `branches`; `read_N` are the flat places of B x T at which logits are wanted:
+        [N, V] then.
         """
         start = cache.length if cache else 0
         stop = start + idx_BT.shape[1]
-        assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
         key_B = draws.key_B if draws else None
         dropout = Dropout(self.plan.dropout if key_B is not None else 0.0, key_B)
-        x_BTD = dropout(self.wte(idx_BT) + self.wpe.weight[start:stop])
-        mask: Mask = self._mask(start, stop, dropping=dropout.rate > 0)
-        if self.documents is not None and cache is None:
+        if branches is None:
+            assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
+            place_TD = self.wpe.weight[start:stop]
+        else:
+            place_TD = self.wpe(branches.position_BT)
+        x_BTD = dropout(self.wte(idx_BT) + place_TD)
+        mask: Mask = None
+        if branches is not None:
+            docs_BT = self.documents.of(idx_BT, branches) if self.documents else None
+            mask = branches.mask(compute_dtype(x_BTD), docs_BT=docs_BT).unsqueeze(1)
+        elif self.documents is not None and cache is None:
             docs_BT, kind = self.documents.of(idx_BT), compute_dtype(x_BTD)
             mask = self.documents.mask(docs_BT, self.mask, kind, dense=dropout.rate > 0)
+        else:
+            mask = self._mask(start, stop, dropping=dropout.rate > 0)
         for i, block in enumerate(self.h):
             x_BTD = block(x_BTD, mask, dropout, cache, i)
         if cache:
             cache.length = stop
+        if read_N is not None:
+            x_BTD = x_BTD.flatten(0, 1)[read_N]
         logits_BTV: Tensor = self.lm_head(self.ln_f(x_BTD)).float()
         if targets_BT is None:
             return logits_BTV

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuppence.config import LoopPlan, ModelPlan
+from tuppence.model.branches import Branches
 from tuppence.model.cache import Cache
 from tuppence.model.depth import MLP, Attention
 from tuppence.model.documents import Mask, documents
@@ -71,6 +72,7 @@ class _Place(NamedTuple):
 
     rotary_2TK: Tensor
     docs_BT: Tensor | None
+    branches: Branches | None
     mask: Mask
     cache: Cache | None
     training: bool
@@ -173,27 +175,39 @@ class Looped(nn.Module):
         *,
         draws: Draws | None = None,
         cache: Cache | None = None,
+        branches: Branches | None = None,
+        read_N: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Logits [B, T, V], or with targets the cross-entropy in nats (targets of -1 ignored).
 
         `draws` (training) says how many iterations and which noise; with a `cache` the positions
         follow those it has seen. `reduction` is "mean" or "sum" over the targets.
+
+        Rows may hold `branches`; `read_N` are the flat places of B x T at which logits are wanted:
+        [N, V] then.
         """
         start = cache.length if cache else 0
         stop = start + idx_BT.shape[1]
-        assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
         x_BTD = norm(self.wte(idx_BT))
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
-        rotary_2TK = self.rotary[:, start:stop].to(x_BTD.dtype)
-        docs_BT = self.documents.of(idx_BT) if self.documents and cache is None else None
-        mask = self._mask(stop - start, stop, docs_BT, x_BTD.dtype)
-        place = _Place(rotary_2TK, docs_BT, mask, cache, draws is not None)
+        docs_BT = None
+        if self.documents is not None and cache is None:
+            docs_BT = self.documents.of(idx_BT, branches)
+        if branches is None:
+            assert self.plan.sequence_len >= stop, f"{stop} positions, the model has fewer"
+            rotary_2TK = self.rotary[:, start:stop].to(x_BTD.dtype)
+        else:
+            rotary_2TK = self.rotary[:, branches.position_BT].to(x_BTD.dtype)
+        mask = self._mask(stop - start, stop, docs_BT, branches, x_BTD.dtype)
+        place = _Place(rotary_2TK, docs_BT, branches, mask, cache, draws is not None)
         for i, block in enumerate(self.prelude):
             x_BTD = block(x_BTD, place.rotary_2TK, place.mask, cache, i)
         key_B = torch.zeros_like(idx_BT[:, 0]) if draws is None else draws.key_B
         assert key_B is not None
         noise = keyed_normal(key_B, start, stop - start, self.plan.n_embd)
+        if branches is not None:  # each position's own, in whichever place it stands
+            noise = noise.take_along_dim(branches.position_BT[..., None], 1)
         state = (STATE_STD * noise).to(x_BTD.dtype)
         if draws is not None:
             assert draws.recurrence is not None
@@ -207,6 +221,8 @@ class Looped(nn.Module):
             state = self._loop_until_agreed(state, x_BTD, place)
         if cache:
             cache.length = stop
+        if read_N is not None:
+            state = state.flatten(0, 1)[read_N]
         if targets_BT is None:
             return softcapped(self.lm_head(state))
         loss = head_loss(state, self.lm_head.weight, targets_BT, reduction)
@@ -320,13 +336,27 @@ class Looped(nn.Module):
         P, cache = index_BP.shape[1], place.cache
         assert cache is None or len(index_BP) == 1, "one sequence a cache with mixture of depths"
         seen = cache.seen(self._layer(i, 0)) if cache else 0
-        rotary = place.rotary_2TK[:, index_BP]
+        rotary, branches = place.rotary_2TK, None
+        if place.branches is None:
+            rotary = rotary[:, index_BP]
+        else:
+            branches = place.branches.picked(index_BP)
+            rotary = self.rotary[:, branches.position_BT].to(rotary.dtype)
         docs_BP = None if place.docs_BT is None else place.docs_BT.gather(1, index_BP)
-        mask = self._mask(P, seen + P, docs_BP, rotary.dtype)
-        return _Place(rotary, docs_BP, mask, cache, place.training)
+        mask = self._mask(P, seen + P, docs_BP, branches, rotary.dtype)
+        return _Place(rotary, docs_BP, branches, mask, cache, place.training)
 
-    def _mask(self, T: int, S: int, docs_BT: Tensor | None, kind: torch.dtype) -> Mask:
+    def _mask(
+        self,
+        T: int,
+        S: int,
+        docs_BT: Tensor | None,
+        branches: Branches | None,
+        kind: torch.dtype,
+    ) -> Mask:
         """Rows of the last T of S positions; None where the fused kernel needs none."""
+        if branches is not None:
+            return branches.mask(kind, docs_BT=docs_BT)[None]
         if self.documents is not None and docs_BT is not None:
             return self.documents.mask(docs_BT, self.mask, kind)
         if T == 1 or (self.how == "sdpa" and T == S):
