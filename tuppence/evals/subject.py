@@ -12,7 +12,7 @@ from tuppence.model.branches import Branches
 from tuppence.tokenizer.spec import Tokenizer
 from tuppence.workers import Workers
 
-PLACES = {"cpu": 2**11, "cuda": 2**15}  # of a pass; a core's caches, a card's threads
+PLACES = {"cpu": 2**9, "cuda": 2**15}  # of a pass: more gain nothing on a core (docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class RunText:
     def start(self) -> int | None:
         """End-of-text, which stands between documents."""
         return self.tokenizer.end_of_text
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The same."""
+        return frozenset() if self.start is None else frozenset({self.start})
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
