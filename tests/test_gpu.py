@@ -11,8 +11,12 @@ import pytest
 import torch
 from families import SMALL, model_plan, shaken
 
+from tuppence.evals import score, subject
+from tuppence.evals.items import Ask
 from tuppence.model import build
 from tuppence.model.replay import Draws
+from tuppence.tokenizer.kinds import CharTokenizer
+from tuppence.workers import Workers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,3 +160,26 @@ def test_a_killed_run_on_the_card_goes_on(tmp_path: Path) -> None:
         assert row["tokens_sha"] == before["tokens_sha"]
         assert row["loss"] == pytest.approx(before["loss"], abs=0.02)
     assert rows[-1]["step"] == 3000
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_answers_on_the_card_are_those_of_the_cpu(name: str) -> None:
+    """Branches, masks and cuts; fp32."""
+    plan = model_plan(**DOCUMENTS[name], sequence_len=64)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = build(plan, device=device)
+        model.load_state_dict(shaken(plan).state_dict())
+        workers = Workers(model, count=1, device=device, precision="fp32")
+        tokenizer = CharTokenizer("".join(map(chr, range(49))), end_of_text=True)
+        who = subject.of_run(workers, tokenizer, context=64, identity={})
+        stems = [[(7 * i + j) % 49 for j in range(30 + 11 * i)] for i in range(4)]
+        asked = [
+            (i, [Ask([*stem, *range(c, c + 3 + c)], 3 + c) for c in range(4)])
+            for i, stem in enumerate(stems)
+        ]
+        found.append(dict(score.answers(who, asked)))
+    for key, mine in found[0].items():
+        for one, other in zip(mine, found[1][key], strict=True):
+            assert one.nats == pytest.approx(other.nats, abs=1e-3)
+            assert one.tokens == other.tokens
