@@ -427,14 +427,17 @@ def test_eval_and_sample(tuppence: Command, kept: Path) -> None:
     assert (first["tokens"], len(first["text"])) == (20, 26)
     assert tuppence(*words).document == first
     assert tuppence(*words, "--seed", "2").document["text"] != first["text"]
-    assert contents(kept) == before
+    after = contents(kept)
+    assert json.loads(after.pop("evaluations/step_00000005/bpb.json"))["bpb"] == told["bpb"]
+    assert after == before
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["eval", "--checkpoint", "7"], "write best, last or one of the steps 5"),
-        (["eval", "--tasks", "core"], "--tasks core"),
+        (["eval", "--tasks", "cores"], "did you mean core?"),
+        (["eval", "--tasks", "core"], "core cannot be read with this model's tokenizer"),
         (["sample", "--tokens", "0"], "at least 1"),
         (["sample", "--temperature", "-1"], "at least 0"),
         (["sample", ""], "no tokens"),

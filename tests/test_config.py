@@ -186,7 +186,8 @@ def test_every_recipe_round_trips_and_plans_on_the_price_book(
     assert from_json(Run, to_json(run)) == run
     words = [f"{k}={v}" for k, v in config.asked(run).items() if k != "recipe"]
     assert override(Run(recipe=name), words) == run  # what it asks can be typed
-    text = dataclasses.replace(data_plan, vocab_size=17, train_tokens=10**10)
+    tokenizer = run.data.tokenizer or "gpt2"
+    text = dataclasses.replace(data_plan, tokenizer=tokenizer, vocab_size=17, train_tokens=10**10)
     rich = dataclasses.replace(run, budget=dataclasses.replace(run.budget, usd=1e5))
     assert options(rich, text, price_book())[0].fits
 

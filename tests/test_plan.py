@@ -313,7 +313,8 @@ def test_a_prediction_stays_within_the_budget(world: World) -> None:
 def test_evaluations_asked_for_are_predicted(world: World, budget: str, every: int) -> None:
     told = world.plan(budget, f"train.eval_every={every}", "train.eval_tokens=1024").predicted
     count = 1 + (told.steps.mid - 1) // every
-    assert told.phase_seconds["evaluate"] == pytest.approx(count * told.eval_seconds)
+    expected = count * told.eval_seconds + told.fixed_seconds
+    assert told.phase_seconds["evaluate"] == pytest.approx(expected)
     assert told.phase_seconds["save"] == pytest.approx(count * told.save_seconds, abs=1)
     assert told.phase_seconds["train"] == pytest.approx(told.steps.mid * told.step_seconds.mid)
 

@@ -24,7 +24,7 @@ from tuppence.folder import RunFolder
 from tuppence.live import duration
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
-from tuppence.plot import loss_plot, smooth
+from tuppence.plot import loss_plot, score_plot, smooth
 
 
 def built(folder: RunFolder) -> dict:
@@ -240,6 +240,74 @@ def test_the_page_shows_what_others_wrote_and_loads_nothing(folder: RunFolder) -
     assert "&lt;beyond&gt;" in page
     assert "loss &lt;nan&gt;" in page
     assert page.count('class="val"') == 2
+
+
+HELLASWAG = {"metric": "hellaswag", "version": 1, "n": 40, "sha256": "e" * 64, "of_items": 50}
+HELLASWAG |= {"acc": 0.25, "error": 0.0675, "acc_norm": 0.275, "error_norm": 0.07, "seconds": 2.0}
+
+
+def test_scores_stand_beside_the_loss(folder: RunFolder) -> None:
+    for row in folder.latest("evals"):
+        folder.append("evals", {**row, "hellaswag": HELLASWAG | {"acc_norm": row["step"] / 20}})
+    told = report.write(folder)
+    assert told["actual"]["val_loss"] == 2.5  # the row again: it replaces the first
+    assert [p["acc_norm"] for p in told["scores"]["hellaswag"]] == [0.2, 0.3]
+    assert told["tasks"]["hellaswag"]["step"] == 6
+    for name in ("receipt.md", "receipt.html"):
+        page = folder.file(name).read_text(encoding="utf-8")
+        assert "acc 25.00% ± 6.75%" in page
+        assert "acc_norm 30.00% ± 7.00%" in page
+        assert "40 of 50 items" in page
+        assert "28.59%" in page  # GPT-2's
+    assert folder.file("receipt.html").read_text().count("<svg") == 2
+
+
+def test_what_was_evaluated_later_is_told_with_its_checkpoint(folder: RunFolder) -> None:
+    place = folder.file("evaluations") / "step_00000004"
+    place.mkdir(parents=True)
+    loss = {"metric": "bpb", "loss": 2.25, "bpb": 3.1, "tokens": 2000}
+    harness = {"metric": "lm_eval", "tasks": [{"task": "piqa", "metrics": {}}]}
+    harness["tasks"][0]["metrics"]["acc"] = {"value": 0.5, "error": 0.1}  # type: ignore[index]
+    for name, result in {"hellaswag": HELLASWAG, "bpb": loss, "lm_eval": harness}.items():
+        (place / f"{name}.json").write_text(json.dumps(result))
+    (place / "samples.json").write_text(json.dumps({"metric": "samples", "rows": []}))
+    told = report.write(folder)
+    assert [each["metric"] for each in told["later"]] == ["bpb", "hellaswag", "lm_eval"]
+    assert told["tasks"] == {}  # of the run itself there are none
+    for form in (report.as_text(told), folder.file("receipt.html").read_text(encoding="utf-8")):
+        assert "step_00000004: val loss 2.2500, 3.1000 bits/byte (2,000 tokens)" in form
+        assert "step_00000004: HellaSwag acc 25.00% ± 6.75%, acc_norm 27.50%" in form
+        assert "step_00000004: piqa acc 0.5000 ± 0.1000" in form
+
+
+def test_fixed_prompts_are_told_beside_the_runs_own(folder: RunFolder) -> None:
+    row = {"step": 6, "attempt": 2, "fixed": True, "prompt": "<b>", "seed": 1, "new_tokens": 2}
+    for temperature in (0.0, 0.8):
+        folder.append(
+            "samples", {**row, "text": f"<b> at {temperature}", "temperature": temperature}
+        )
+    folder.append("samples", {**row, "text": "<b> anew", "temperature": 0.8})  # went back once
+    earlier = {**row, "step": 4, "text": "early", "temperature": 0.0}
+    assert built(folder)["sample"] == SAMPLE
+    assert [s["text"] for s in built(folder)["samples"]] == [SAMPLE, "<b> at 0.0", "<b> anew"]
+    assert 'prompt    "<b> at 0.0"' in report.as_text(built(folder))
+    report.write(folder)
+    page = folder.file("receipt.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt; anew" in page
+    assert "<b>" not in page
+    folder.append("samples", earlier)  # of a rewind: what came after it never happened
+    assert [s["text"] for s in built(folder)["samples"]][-1] == "early"
+
+
+def test_scores_stay_in_their_frame() -> None:
+    points = [(100.0, 0.02, 0.01), (200.0, 0.05, 0.02), (400.0, 0.04, 0.01)]
+    svg = score_plot(points, label="CORE", x_label="tokens")
+    assert svg.count("<circle") == 3
+    tops = [float(y) for y in re.findall(r'class="error"[^>]* y1="([\d.]+)"', svg)]
+    assert len(tops) == 3
+    assert min(tops) == tops[1]  # the best score stands highest
+    assert all(0 <= y <= 300 for y in tops)
+    assert "nan" not in score_plot([(0.0, 0.5, 0.0)] * 2, label="CORE", x_label="tokens")
 
 
 def test_the_picture_stays_in_its_frame() -> None:

@@ -213,7 +213,9 @@ def test_it_learns_and_keeps_the_best(plan_of, tmp_path, shards) -> None:
     pointer = checkpoint.pointer(folder, "best")
     assert pointer is not None
     assert pointer.step == best["step"]
-    assert len(list(folder.rows("samples"))) == 3
+    said = [(row["step"], row.get("fixed", False)) for row in folder.rows("samples")]
+    assert [step for step, fixed in said if not fixed] == [50, 100, 150]
+    assert {step for step, fixed in said if fixed} == {150}  # the fixed prompts at the end alone
 
 
 def test_best_stays_when_later_losses_are_worse(plan_of, tmp_path, shards, monkeypatch) -> None:

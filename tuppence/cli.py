@@ -29,7 +29,11 @@ RECIPE_VERBS = {
     "train": ("training alone; resumes by itself", "budget.steps=500"),
 }
 RUN_VERBS = {
-    "eval": ("loss and bits per byte of a checkpoint on the whole val split", "--checkpoint best"),
+    "eval": (
+        "bits per byte, CORE, HellaSwag, samples or lm-evaluation-harness's tasks, of a run or of "
+        "a model of transformers",
+        "--tasks bpb,sample",
+    ),
     "sample": ("let the trained model continue a prompt", '"ROMEO:" --tokens 300'),
     "receipt": ("what was promised against what was paid", ""),
     "export": ("the trained model as a folder that transformers loads", "--to hf"),
@@ -201,7 +205,8 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub = verbs.add_parser(
         verb, help=text, description=text, epilog=f"example: tuppence {verb} shakespeare {example}"
     )
-    sub.add_argument("run", metavar="RUN", help="a run's name, or the path of its folder")
+    few = "?" if verb == "eval" else None  # with --hf there is none
+    sub.add_argument("run", metavar="RUN", nargs=few, help="a run's name, or its folder's path")
     _common(sub)
     if verb == "receipt":
         return
@@ -222,7 +227,7 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
         sub.add_argument("--out", metavar="DIR", help="the folder to write (RUN/export/hf)")
         return
     if verb == "eval":
-        sub.add_argument("--tasks", default="bpb", help="bpb, the one there is so far")
+        _eval_options(sub)
         return
     sub.add_argument("prompt", nargs="?", default="\n", help="text to continue")
     sub.add_argument("--tokens", type=int, default=300, help="how many to generate (300)")
@@ -243,6 +248,29 @@ def _prepare_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--export", choices=["nanogpt", "llmc"], help="write the tokens for others")
     sub.add_argument("--out", metavar="DIR", help="the folder that --export writes")
+
+
+def _eval_options(sub: argparse.ArgumentParser) -> None:
+    """What is asked, of whom, and how."""
+    sub.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="bpb (default), core, hellaswag, sample, all of these, or lm_eval:TASK",
+    )
+    sub.add_argument(
+        "--max-per-task", "--limit", type=int, metavar="N", help="so many items of each task"
+    )
+    sub.add_argument("--hf", metavar="DIR|HUB_ID|GGUF", help="a model of transformers, not a RUN")
+    sub.add_argument("--val", metavar="RUN|DIR", help="bits per byte on this one's val split")
+    sub.add_argument("--against", metavar="RUN|RESULT", help="and how it differs from this one")
+    sub.add_argument("--core-data", metavar="PATH", help="CORE's bundle (else it is downloaded)")
+    sub.add_argument("--hellaswag-data", metavar="PATH", help="its .jsonl (else downloaded)")
+    sub.add_argument("--lm-eval-include", metavar="DIR", help="tasks of your own for the harness")
+    sub.add_argument("--batch", type=int, metavar="N", help="texts in a pass at most")
+    sub.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="fp32; bpb of a run in the run's own"
+    )
+    sub.add_argument("--out", metavar="DIR", help="where results go (RUN/evaluations/CHECKPOINT)")
 
 
 def _loop_options(sub: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tuppence import bucket, config, corpus, host, origin, recipes
-from tuppence.config import DataPlan, Interval, Plan, Run, Warning
+from tuppence.config import DataPlan, Interval, Plan, Run, TasksPlan, Train, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, find
 from tuppence.plan import hardware
@@ -132,10 +132,11 @@ def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float 
 
 
 def on_this_machine(plan: Plan, wanted: Run) -> Plan:
-    """The frozen plan with the ranks, cores and price of this attempt.
+    """The frozen plan with the ranks, cores and price of this attempt, and the places of its tasks.
 
     What a run learns depends on none of them; how fast, and for what money, does.
     """
+    plan = dataclasses.replace(plan, tasks=_found_here(plan.tasks, wanted.train))
     world, machine, step = host.world_size(), plan.machine, plan.step
     nodes = -(-world // host.local_world())
     price = wanted.machine.usd_per_hour
@@ -167,6 +168,17 @@ def on_this_machine(plan: Plan, wanted: Run) -> Plan:
             step_seconds=Interval(seconds.low / times, seconds.mid / times, seconds.high / times),
             eval_seconds=plan.predicted.eval_seconds / times,
         ),
+        tasks=None if plan.tasks is None else plan.tasks.times_as_fast(times),
+    )
+
+
+def _found_here(tasks: TasksPlan | None, wanted: Train) -> TasksPlan | None:
+    """The tasks of a run where this attempt was told that they lie."""
+    if tasks is None:
+        return None
+    places = {"core": wanted.core_data, "hellaswag": wanted.hellaswag_data}
+    return TasksPlan(
+        tuple(dataclasses.replace(suite, data=places[suite.name]) for suite in tasks.suites)
     )
 
 

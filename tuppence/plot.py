@@ -60,6 +60,37 @@ def loss_plot(train: Points, val: Points, *, x_label: str, band: Points = ()) ->
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{style}{"".join(parts)}</svg>'
 
 
+def score_plot(points: Sequence[tuple[float, float, float]], *, label: str, x_label: str) -> str:
+    """A score over training: (x, score, standard error) as dots with bars, joined by a line."""
+    high_x = max(x for x, _, _ in points) or 1.0
+    low_y = min(score - error for _, score, error in points)
+    high_y = max(score + error for _, score, error in points)
+    margin = 0.05 * (high_y - low_y) or 0.05
+    low_y, high_y = low_y - margin, high_y + margin
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + x / high_x * (WIDTH - LEFT - RIGHT)
+        return across, TOP + (high_y - y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_axes(0.0, high_x, low_y, high_y, place, x_label)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(x, y) for x, y, _ in points))
+    parts.append(f'<polyline class="train" points="{line}"/>')
+    for x, score, error in points:
+        (at, middle), (_, top), (_, bottom) = (
+            place(x, y) for y in (score, score + error, score - error)
+        )
+        parts.append(f'<line class="error" x1="{at:.1f}" x2="{at:.1f}" ')
+        parts.append(f'y1="{top:.1f}" y2="{bottom:.1f}"/>')
+        parts.append(f'<circle class="val" cx="{at:.1f}" cy="{middle:.1f}" r="4"/>')
+    style = (
+        "<style>.axis{stroke:currentColor;stroke-opacity:.25}.train{fill:none;stroke:#4c8bf5;"
+        "stroke-width:1.5}.val{fill:#e8710a}.error{stroke:#e8710a}"
+        "text{fill:currentColor;font:12px system-ui,sans-serif}</style>"
+    )
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} over {x_label}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{style}{"".join(parts)}</svg>'
+
+
 @dataclass(frozen=True)
 class Curve:
     """One line of a picture: (x, low, middle, high) from left to right."""

@@ -146,7 +146,12 @@ def looped_546m() -> Run:
             sequence_len=2048,
         ),
         data=Data(source="fineweb_edu", tokenizer="bpe:32768"),
-        train=Train(optimizer="muon", batch_tokens=2**19, activation_checkpointing=False),
+        train=Train(
+            optimizer="muon",
+            batch_tokens=2**19,
+            activation_checkpointing=False,
+            core_items=100_000,  # more than any task has: all of them, at the end
+        ),
     )
 
 
@@ -164,6 +169,7 @@ def llmc_gpt2_124m() -> Run:
             warmup=700 / 18_865,
             weight_decay=0.1,
             beta2=0.95,
+            hellaswag_every=250,
         ),
     )
 

@@ -14,10 +14,14 @@ from typing import Any
 
 from tuppence.config import Interval, Plan
 from tuppence.errors import UserError
+from tuppence.evals import told as telling
 from tuppence.folder import RunFolder, write_text
 from tuppence.ledger import by_phase, spent
 from tuppence.live import duration, printable
-from tuppence.plot import loss_plot
+from tuppence.plot import loss_plot, score_plot
+
+SUITES = ("core", "hellaswag")
+LATER = (*SUITES, "bpb", "lm_eval")
 
 Document = dict[str, Any]
 
@@ -44,7 +48,8 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
     best = folder.read_json("checkpoints/best.json")
     best_loss = next((r["loss"] for r in evals if best and r["step"] == best["step"]), None)
     env = folder.read_json("env.json") or {}
-    samples = folder.latest("samples")
+    samples = _samples(folder)
+    own = [row for row in samples if not row.get("fixed")]
     return {
         "name": plan.name,
         "finished": any(event["code"] == "end" for event in events),
@@ -77,11 +82,54 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
             "weights": best["sha256"] if best else None,
             "tokens": metrics[-1]["tokens_sha"],
         },
-        "sample": samples[-1]["text"] if samples else None,
+        "tasks": {name: found[-1] for name, found in _by_suite(evals).items()},
+        "scores": _by_suite(evals, *_POINT),
+        "later": _later(folder),
+        "sample": own[-1]["text"] if own else None,
+        "samples": [{key: row.get(key) for key in _SAMPLE} for row in samples],
         "warnings": [dataclasses.asdict(w) for w in plan.warnings],
         "events": [e for e in events if e["code"] not in ("save", "start", "end")],
         "reproduce": _argv(folder),
     }
+
+
+_POINT = ("step", "score", "acc", "acc_norm", "error", "error_norm", "n")
+_SAMPLE = ("prompt", "text", "temperature", "seed", "fixed")
+
+
+def _by_suite(evals: list[Document], *keys: str) -> dict[str, list[Document]]:
+    """Each suite's results in the order of steps: whole, or these keys of them."""
+    found = {
+        name: [{"step": row["step"], **row[name]} for row in evals if name in row]
+        for name in SUITES
+    }
+    return {
+        name: [{key: each[key] for key in keys or each if key in each} for each in results]
+        for name, results in found.items()
+        if results
+    }
+
+
+def _samples(folder: RunFolder) -> list[Document]:
+    """What was said after the last step that was sampled."""
+    last = folder.latest("samples")[-1:]
+    rows = [
+        row
+        for row in folder.rows("samples")
+        if last and all(row[key] == last[0][key] for key in ("step", "attempt"))
+    ]
+    keyed = {(row["prompt"], row.get("temperature"), row.get("fixed")): row for row in rows}
+    return list(keyed.values())  # a step that was gone back to spoke twice
+
+
+def _later(folder: RunFolder) -> list[Document]:
+    """What `tuppence eval` has found since, by checkpoint."""
+    paths = sorted(folder.file("evaluations").glob("*/*.json"))
+    return [
+        {"checkpoint": path.parent.name, **folder.read_json(str(path.relative_to(folder.path)))}
+        for path in paths
+        if path.stem in LATER
+    ]
 
 
 def _argv(folder: RunFolder) -> str | None:
@@ -175,7 +223,18 @@ def rows(told: Document) -> list[tuple[str, str, str]]:
         ("val loss", loss_text, _form(paid["val_loss"], "{:.4f} nats/token")),
         ("val tokens", "", _evaluated(told["evaluated"])),
         both("bits/byte", "val_bpb", "{:.3f}"),
+        *_task_rows(told["tasks"]),
     ]
+
+
+def _task_rows(tasks: Document) -> list[tuple[str, str, str]]:
+    """A suite's numbers with their errors, and of how many items they are."""
+    found = []
+    for result in tasks.values():
+        name, (first, *more) = telling.name(result), telling.scores(result)
+        found += [(name, "", first), *(("", "", score) for score in more)]
+        found.append(("", "", f"{result['n']:,} of {result['of_items']:,} items"))
+    return found
 
 
 def _evaluated(tokens: list[int] | None) -> str:
@@ -213,10 +272,35 @@ def as_text(told: Document) -> str:
     lines += [f"where     {where}"]
     machine = told["machine"]
     lines += [f"peak      MFU is of {machine['peak_tflops']:.2f} TFLOPS, {machine['peak_source']}"]
+    lines += [f"later     {_later_line(result)}" for result in told["later"]]
     if told["sample"]:
         said = printable(told["sample"].strip())
         lines += ["sample    " + said.replace("\n", "\n          ")]
+    fixed = [row for row in told["samples"] if row["fixed"] and row["text"]]
+    greedy = [row for row in fixed if row["temperature"] == 0]
+    lines += [f"prompt    {_in_a_line(row)}" for row in greedy]
     return "\n".join(lines)
+
+
+def _later_line(result: Document) -> str:
+    """What the verb found of a checkpoint."""
+    return f"{result['checkpoint']}: {telling.line(result)}"
+
+
+def _in_a_line(row: Document, *, most: int = 90) -> str:
+    """A prompt and what followed it, the line breaks told."""
+    said = json.dumps(printable(row["text"]), ensure_ascii=False)
+    return said if len(said) <= most else said[: most - 1] + "…"
+
+
+def _tables(told: Document) -> list[str]:
+    """Each suite's table beside what is published, for a fixed-width font."""
+    if not told["tasks"]:
+        return []
+    from tuppence.evals import core, hellaswag
+
+    table = {"core": core.table, "hellaswag": hellaswag.table}
+    return [table[name](result) for name, result in told["tasks"].items()]
 
 
 def as_markdown(told: Document) -> str:
@@ -237,14 +321,25 @@ def as_markdown(told: Document) -> str:
         "## Best checkpoint",
         f"step {told['best']['step']}, val loss {_form(told['best']['val_loss'], '{:.4f}')}.",
     ]
+    if told["tasks"]:
+        parts += ["## Tasks", *(_fenced(table) for table in _tables(told))]
+    if told["later"]:
+        lines = "\n".join(f"- {_later_line(result)}" for result in told["later"])
+        parts += ["## Evaluated later", lines]
     if told["sample"]:
-        parts += ["## Sample", "```text\n" + told["sample"].replace("```", "'''") + "\n```"]
+        parts += ["## Sample", _fenced(told["sample"])]
+    for row in (row for row in told["samples"] if row["fixed"]):
+        parts += [f"Temperature {row['temperature']:g}:", _fenced(row["text"])]
     notes = [f"- {w['message']} [{w['code']}]" for w in [*told["warnings"], *told["events"]]]
     if notes:
         parts += ["## Notes", "\n".join(notes)]
     parts += ["## Hashes", "\n".join(f"- {k}: `{v}`" for k, v in hashes.items())]
     parts += ["## Again", f"```sh\n{told['reproduce']}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _fenced(text: str) -> str:
+    return "```text\n" + text.replace("```", "'''") + "\n```"
 
 
 def as_html(told: Document, metrics: list[Document], evals: list[Document]) -> str:
@@ -259,7 +354,6 @@ def as_html(told: Document, metrics: list[Document], evals: list[Document]) -> s
     filled = {
         "TITLE": f"Receipt: {told['name']}",
         "HEADLINE": headline(told),
-        "SAMPLE": told["sample"] or "no sample was taken",
         "MACHINE": "{name}, {threads} threads, {precision}; MFU is of {peak_tflops:.2f} TFLOPS, "
         "{peak_source}; ${usd_per_hour:.2f}/h ({price_source})".format(**told["machine"]),
         "REPRODUCE": told["reproduce"] or "",
@@ -275,9 +369,40 @@ def as_html(told: Document, metrics: list[Document], evals: list[Document]) -> s
             for note in [*told["warnings"], *told["events"]]
         ),
         "PLOT": loss_plot(train, val, x_label="training tokens", band=band),
+        "TASKS": _tasks_html(told, at),
+        "SAMPLES": _samples_html(told),
     }
     parts = {**{key: html.escape(value) for key, value in filled.items()}, **tables}
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], page)
+
+
+def _tasks_html(told: Document, tokens_at: dict[int, int]) -> str:
+    """Tables, curves where there are several points, and what was evaluated later; or nothing."""
+    parts = [f"<pre>{html.escape(table)}</pre>" for table in _tables(told)]
+    for name, points in told["scores"].items():
+        key = "score" if name == "core" else "acc_norm"
+        error = "error" if name == "core" else "error_norm"
+        shown = [
+            (float(tokens_at[p["step"]]), p[key], p[error])
+            for p in points
+            if p["step"] in tokens_at and p[key] is not None
+        ]
+        if len(shown) > 1:
+            label = "CORE" if name == "core" else "HellaSwag acc_norm"
+            parts.append(f'<p class="key">{label} with its standard error.</p>')
+            parts.append(score_plot(shown, label=label, x_label="training tokens"))
+    later = "".join(f"<li>{html.escape(_later_line(each))}</li>" for each in told["later"])
+    parts += [f"<p>Evaluated later:</p><ul>{later}</ul>"] if later else []
+    return "<h2>Tasks</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _samples_html(told: Document) -> str:
+    """The run's own, then the fixed prompts greedy and drawn."""
+    parts = [f"<pre>{html.escape(told['sample'] or 'no sample was taken')}</pre>"]
+    for row in (row for row in told["samples"] if row["fixed"]):
+        parts.append(f'<p class="key">Temperature {row["temperature"]:g}</p>')
+        parts.append(f"<pre>{html.escape(row['text'])}</pre>")
+    return "\n".join(parts)
 
 
 def _table_rows(cells: list[tuple[str, str, str]]) -> str:

@@ -42,7 +42,10 @@ from tuppence.train.pace import finish_seconds
 
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
 UPLOAD_SECONDS = 600.0  # for what is left to send when a run is over
-OF_NO_TOKEN = ("data.on_bad", "data.workers", "data.cache_gb")
+NO_MATTER = (  # what another attempt may be told otherwise: no token and no weight depends on it
+    *("data.on_bad", "data.workers", "data.cache_gb"),
+    *("train.core_data", "train.hellaswag_data"),
+)
 GRACE_SECONDS = 20.0  # for the same after a signal: clouds give 30 s and more
 
 
@@ -147,7 +150,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         made, frozen = _prepare_and_plan(job, draft, meter)
         say(plan_text(frozen))
         here = on_this_machine(frozen, job.wanted)
-        if here != frozen:
+        if (here.machine, here.step) != (frozen.machine, frozen.step):
             _say_moved(folder, frozen, here)
         _warn_of_disk(folder, frozen)
         _warn_of_idle_gpus(folder, frozen)
@@ -200,6 +203,7 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
         say(plan_text(draft))  # preparing may take long: here is what it is for
     with meter.phase("prepare"):
         within = _Within(meter, wanted.budget)
+        _fetch_tasks(on_this_machine(folder.plan(), wanted) if draft is None else draft)
         known = None if draft is not None else folder.plan().data.inputs_sha256
         place = shards_at(job.args, wanted.data)
         made, data = prepared(wanted, place, known=known, tick=within.check)
@@ -216,6 +220,7 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
     else:
         frozen = solved(wanted, data, spent_seconds=meter.seconds())
         refuse_warnings(frozen.warnings, job.args)
+    _check_tasks(frozen, made.folder / "tokenizer")
     _freeze(folder, frozen, shlex.join(["tuppence", *job.args.argv]))
     _warn_of_tokens(folder, frozen, made.folder / "tokenizer")
     return made.folder, frozen
@@ -268,6 +273,7 @@ def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
     if not (data / "manifest.json").exists():
         data = _prepared_here(wanted, args, ranks)
     plan = config.from_json(Plan, json.dumps(told["plan"]))
+    _tasks_here(plan, ranks)
     meter = Meter(
         folder,
         usd_per_hour=plan.machine.usd_per_hour,
@@ -287,6 +293,34 @@ def _prepared_here(wanted: Run, args: Namespace, ranks: Any) -> Path:
         return str(prepared(wanted, shards_at(args, wanted.data))[0].folder.resolve())
 
     return Path(ranks.told(f"data of node {node}", made, by=node * ranks.local_world))
+
+
+def _tasks_here(plan: Plan, ranks: Any) -> None:
+    """The tasks, on a node that is not the lead's: fetched by the first of its ranks."""
+    node = ranks.rank // ranks.local_world
+    if node:
+        ranks.told(f"tasks of node {node}", lambda: _fetch_tasks(plan), by=node * ranks.local_world)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def _fetch_tasks(plan: Plan) -> None:
+    """Have the tasks here that the run will be judged by, before it costs much."""
+    from tuppence.evals import bundle
+
+    for suite in () if plan.tasks is None else plan.tasks.suites:
+        fetch = bundle.core_bundle if suite.name == "core" else bundle.hellaswag_rows
+        fetch(suite.data, say=say)
+
+
+def _check_tasks(plan: Plan, tokenizer: Path) -> None:
+    """Refuse a tokenizer that cannot read them, before anything is trained."""
+    if plan.tasks is not None:
+        from tuppence.tokenizer.spec import load_tokenizer
+        from tuppence.train.suites import load
+
+        load(plan, load_tokenizer(tokenizer), say=say)
 
 
 # ---------------------------------------------------------------- a bucket
@@ -381,10 +415,10 @@ def _freeze(folder: RunFolder, found: Plan, words: str) -> None:
 
 def _check_same_run(folder: RunFolder, wanted: Run) -> None:
     """A folder holds one run: other overrides are another run, but for those of the machine, and
-    of data those that change no token."""
+    those that do not matter to what is learned."""
     there, now = config.asked(folder.run()), config.asked(wanted)
     odd = [k for k in {**there, **now} if there.get(k) != now.get(k)]
-    odd = [k for k in odd if not k.startswith("machine.") and k not in OF_NO_TOKEN]
+    odd = [k for k in odd if not k.startswith("machine.") and k not in NO_MATTER]
     if odd:
         raise UserError(
             f"{folder.path} holds a run with {odd[0]}={there.get(odd[0])}, not "

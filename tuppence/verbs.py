@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import math
 import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tuppence import bucket, config, host, planning, recipes, report
-from tuppence.config import Plan
+from tuppence import bucket, config, host, planning, recipes, report, subjects
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder
 from tuppence.ledger import spent
@@ -122,45 +120,25 @@ def _told(args: Namespace, folder: RunFolder) -> Document:
 
 
 def evaluate(args: Namespace) -> Document:
-    """Loss and bits per byte of a checkpoint on the whole val split."""
-    if args.tasks != "bpb":
-        raise UserError(f"--tasks {args.tasks}: this version has bpb")
-    folder, found, workers, tokenizer = _load(args, cores=host.usable_cores())
-    from tuppence.checkpoint import choose
-    from tuppence.data.loader import val_windows
-    from tuppence.evals.loss import val_loss
+    """A run's checkpoint or a model of transformers, asked by the suites of the field."""
+    from tuppence import evaluating
 
-    recorded = folder.read_json("env.json")
-    data_folder = Path(recorded["data_folder"]) if recorded else Path("?")
-    if not (data_folder / "manifest.json").exists():
-        raise UserError(
-            f"the shards of this run are not at {data_folder}; tuppence prepare makes them"
-        )
-    windows = val_windows(data_folder, sequence_len=found.model.sequence_len)
-    result = val_loss(
-        workers,
-        windows.batches(found.cadence.eval_batch),
-        of_tokens=windows.tokens,
-        token_bytes=tokenizer.token_bytes(),
-    )
-    assert result is not None
-    path = choose(folder, args.checkpoint)
-    document = {"run": str(folder.path), "checkpoint": path.name, "split": "val"}
-    document |= dataclasses.asdict(result)
-    if not args.json:
-        bits = f", {result.bpb:.4f} bits per byte" if result.bpb is not None else ""
-        count = f"{result.tokens:,} tokens"
-        print(f"{path.name}: val loss {result.loss:.4f} nats per token{bits} ({count})")
-    return document
+    return evaluating.evaluate(args)
 
 
 def sample(args: Namespace) -> Document:
     """Continue a prompt."""
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 1:
         raise UserError("--tokens and --top-k are at least 1, --temperature at least 0")
-    _, found, workers, tokenizer = _load(args, cores=1)
+    folder = run_of(args, args.checkpoint)
+    found = folder.plan()
+    host.settle_threads(host.usable_cores())
+    from tuppence import checkpoint
     from tuppence.evals.generate import generate
 
+    path = checkpoint.choose(folder, args.checkpoint)
+    model, tokenizer, device = subjects.loaded(folder, found, path, args)
+    workers = subjects.workers_of(model, device, found.machine.precision, cores=1)
     prompt = tokenizer.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("the prompt has no tokens; give at least one character")
@@ -184,57 +162,6 @@ def sample(args: Namespace) -> Document:
         "tokens": len(ids) - len(prompt),
         "seed": args.seed,
     }
-
-
-def _load(args: Namespace, *, cores: int) -> tuple[RunFolder, Plan, Any, Any]:
-    """A run's folder, its plan, its model with a checkpoint's weights, and its tokenizer."""
-    folder = run_of(args, args.checkpoint)
-    found = folder.plan()
-    host.settle_threads(host.usable_cores())
-    from tuppence import checkpoint
-    from tuppence.model import build
-    from tuppence.model.documents import document_end
-    from tuppence.tokenizer.spec import load_tokenizer
-    from tuppence.train.calibrate import pick_device
-    from tuppence.workers import Workers
-
-    device = pick_device() if found.machine.device == "cuda" else "cpu"
-    tokenizer = load_tokenizer(folder.tokenizer)
-    end = document_end(found.data, tokenizer.end_of_text)
-    attention = found.machine.attention
-    model = build(found.model, attention=attention, device=device, document_end=end)
-    checkpoint.load(checkpoint.choose(folder, args.checkpoint), model)
-    _set_loop(model, args)
-    workers = Workers(
-        model,
-        count=cores if device == "cpu" else 1,
-        device=device,
-        precision=found.machine.precision,
-    )
-    return folder, found, workers, tokenizer
-
-
-def _set_loop(model: Any, args: Namespace) -> None:
-    """How many iterations a looped model runs. Raises UserError for what cannot be."""
-    from tuppence.model.looped import Looped
-
-    asked = {"--recurrence": args.recurrence, "--exit-kl": args.exit_kl}
-    given = [f"{key} {value:g}" for key, value in asked.items() if value is not None]
-    given += ["--exit-whole"] if args.exit_whole else []
-    if not given:
-        return
-    if not isinstance(model, Looped):
-        raise UserError(f"{given[0]}: only a looped model has iterations; leave it out")
-    if args.exit_kl is not None and model.loop.mixture_of_depths:
-        raise UserError(f"--exit-kl {args.exit_kl:g}: a model with mixture of depths does not stop")
-    if args.exit_kl is None and args.exit_whole:
-        raise UserError("--exit-whole: say --exit-kl too, when outputs agree")
-    if args.exit_kl is not None and not 0 <= args.exit_kl < math.inf:
-        raise UserError(f"--exit-kl {args.exit_kl:g}: a number of nats, not below zero")
-    if args.recurrence is not None and args.recurrence < 1:
-        raise UserError(f"--recurrence {args.recurrence}: at least 1")
-    model.recurrence = args.recurrence or model.recurrence
-    model.exit_kl, model.exit_whole = args.exit_kl, args.exit_whole
 
 
 # ---------------------------------------------------------------- in and out

@@ -18,6 +18,8 @@ from tuppence.config.plan import (
     Predicted,
     SchedulePlan,
     StepPlan,
+    SuitePlan,
+    TasksPlan,
     Warning,
 )
 from tuppence.config.run import Budget, Data, Machine, Model, Run, Train
@@ -43,6 +45,8 @@ __all__ = [
     "Run",
     "SchedulePlan",
     "StepPlan",
+    "SuitePlan",
+    "TasksPlan",
     "Train",
     "Warning",
     "asked",

@@ -18,7 +18,8 @@ def to_json(value: Any) -> str:
 
 
 def from_json(kind: type[T], text: str) -> T:
-    """The inverse of `to_json`: strict, every key known, present and of its type.
+    """The inverse of `to_json`: strict, every key known, present and of its type. A key that has a
+    default may be missing, so that what an older version wrote is still read.
 
     Raises UserError naming the key.
     """
@@ -57,7 +58,8 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     for key in data:
         if key not in hints:
             raise UserError(f"{where}: no key {key!r}{nearest(key, list(hints))}")
-    for key in hints:
-        if key not in data:
-            raise UserError(f"{where}: the key {key!r} is missing")
-    return kind(**{k: _decode(h, data[k], f"{where}.{k}") for k, h in hints.items()})
+    for key in dataclasses.fields(kind):
+        needed = key.default is key.default_factory is dataclasses.MISSING
+        if needed and key.name not in data:
+            raise UserError(f"{where}: the key {key.name!r} is missing")
+    return kind(**{k: _decode(hints[k], value, f"{where}.{k}") for k, value in data.items()})

@@ -1,6 +1,6 @@
 """What was solved: total, frozen, every number explicit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuppence.config.run import Budget
 
@@ -165,7 +165,8 @@ class CadencePlan:
     """When to evaluate and save. Of each pair one is set: steps, or progress / seconds.
 
     `finish_seconds` is the allowance for the receipt and the exit, charged in advance. Checkpoints
-    fill at most `keep_bytes` of the disk (None: no limit but the disk's own).
+    fill at most `keep_bytes` of the disk (None: no limit but the disk's own). Of each fixed prompt
+    `fixed_tokens` new tokens are sampled, at the end alone.
     """
 
     eval_every_steps: int | None
@@ -181,11 +182,48 @@ class CadencePlan:
     finish_seconds: float
     sample_prompt: str | None
     sample_tokens: int
+    fixed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """A suite of tasks that the run is judged by, at its end and every `every_steps` before it
+    (None: at the end alone).
+
+    `items` of each task (None: all); `data` is where they lie (None: the user's cache, else they
+    are downloaded). One evaluation reads `tokens` and takes `seconds`.
+    """
+
+    name: str
+    items: int | None
+    every_steps: int | None
+    data: str | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TasksPlan:
+    """The suites, in the order in which they are asked."""
+
+    suites: tuple[SuitePlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all suites, once."""
+        return sum(suite.seconds for suite in self.suites)
+
+    def times_as_fast(self, times: float) -> "TasksPlan":
+        """The same on so many times as many cores or GPUs."""
+        return TasksPlan(tuple(replace(s, seconds=s.seconds / times) for s in self.suites))
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the run is expected to be. Phase seconds are middles; intervals are 80%."""
+    """What the run is expected to be. Phase seconds are middles; intervals are 80%.
+
+    `eval_seconds` are of the loss and a sample, `fixed_seconds` of the fixed prompts.
+    """
 
     step_seconds: Interval
     tokens_per_second: Interval
@@ -204,6 +242,7 @@ class Predicted:
     val_loss: Interval | None
     val_loss_source: str
     basis: str
+    fixed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,7 +255,8 @@ class InitPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was solved; the trainer reads nothing else. `init` None: from drawn weights."""
+    """All that was solved; the trainer reads nothing else. `init` None: from drawn weights;
+    `tasks` None: judged by the loss alone."""
 
     version: int
     name: str
@@ -231,3 +271,4 @@ class Plan:
     predicted: Predicted
     warnings: tuple[Warning, ...]
     init: InitPlan | None = None
+    tasks: TasksPlan | None = None

@@ -99,6 +99,10 @@ class Train:
     `init_from` is a folder of weights to start from (tuppence import). Of checkpoints the newest
     `keep_last` stay, and those of every `keep_every`th step. A rank that stands still for
     `stall_seconds` ends the attempt.
+
+    `core_items` is how many items of each of CORE's tasks judge the run, at its end and every
+    `core_every` steps; either of the two turns it on. `core_data` is where the tasks lie (else they
+    are downloaded). HellaSwag's keys mean the same of its one task.
     """
 
     init_from: str | None = None
@@ -133,6 +137,12 @@ class Train:
     stall_seconds: float | None = None
     sample_prompt: str | None = None
     sample_tokens: int | None = None
+    core_every: int | None = None
+    core_items: int | None = None
+    core_data: str | None = None
+    hellaswag_every: int | None = None
+    hellaswag_items: int | None = None
+    hellaswag_data: str | None = None
 
 
 @dataclass(frozen=True)

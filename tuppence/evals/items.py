@@ -47,6 +47,11 @@ class Text(Protocol):
         """The id that a text begins with: end-of-text, or a model's own; None where it has none."""
         ...
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids after which nothing of a text follows."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Without start or end. Raises UserError for what cannot be encoded."""
         ...

@@ -34,10 +34,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder of transformers. Raises UserError where there are none."""
+    return {key: t for part in weight_files(folder) for key, t in _read(part).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a folder of transformers has its weights in. Raises UserError for none."""
     for name in (*SAFE, *PICKLED):
         if (folder / name).exists():
-            parts = _parts(folder / name) if name.endswith(".index.json") else [folder / name]
-            return {key: t for part in parts for key, t in _read(part).items()}
+            return _parts(folder / name) if name.endswith(".index.json") else [folder / name]
     raise UserError(f"{folder}: no weights there; this version reads {' or '.join(SAFE + PICKLED)}")
 
 
@@ -90,7 +94,9 @@ def unpickled(path: Path) -> Any:
         ) from None
 
 
-def download(name: str, *, check: Callable[[dict[str, Any]], Any]) -> Path:
+def download(
+    name: str, *, check: Callable[[dict[str, Any]], Any], fetched: list[str] = FETCHED
+) -> Path:
     """The folder of a Hub model's config, tokenizer and safetensors, in the Hub's own cache.
 
     `check` sees config.json before the weights are fetched. Raises UserError in one line for
@@ -109,7 +115,7 @@ def download(name: str, *, check: Callable[[dict[str, Any]], Any]) -> Path:
         raise UserError(_unreachable(name, error)) from None
     check(read_json(config))
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=fetched))
     except Exception as error:
         raise UserError(_unreachable(name, error)) from None
     if not any((folder / file).exists() for file in SAFE):

@@ -52,6 +52,10 @@ def check_values(run: Run) -> None:
         "model.backprop_depth": 1,
         "model.lora_rank": 0,
         "train.micro_batch": 1,
+        "train.core_every": 1,
+        "train.core_items": 1,
+        "train.hellaswag_every": 1,
+        "train.hellaswag_items": 1,
     }
     for key, bound in least.items():
         group, _, leaf = key.partition(".")

@@ -3,16 +3,18 @@
     budget ── boot, set-up, evaluations, saves, preemptions ──▶ training seconds x rate = tokens
 
 A dollar budget covers the training machine's whole bill; an hour of it is an hour held. Evaluations
-and saves are kept to a small share of the run.
+and saves are kept to a small share of the run; tasks are evaluated as asked.
 """
 
 import math
 from dataclasses import dataclass
 
-from tuppence.config import Budget, DataPlan, Run
+from tuppence.config import Budget, DataPlan, Run, TasksPlan
+from tuppence.plan.cost import Shape
 from tuppence.plan.market import Seller
 from tuppence.plan.prices import Book
 from tuppence.plan.stages import EVAL_SHARE, Stages, affordable_train_seconds, shard_bytes, stages
+from tuppence.plan.tasks import evaluations, head_share, run_seconds, solve_tasks, step_seconds
 from tuppence.plan.work import Work, fixed_tokens
 
 EVALUATIONS = 10
@@ -46,7 +48,9 @@ def outcome(
     limit = dollar_limit(run.budget, seller, nodes)
     held = limit / (seller.usd_per_hour * nodes) * 3600
     tokens = fixed_tokens(run, batch)
-    evaluation = _eval_seconds(data, rate, held)
+    tasks = tasks_of(run, data, work.shape, rate)
+    often = evaluations(tasks, min(tokens, rate * held) / batch)
+    evaluation = _eval_seconds(data, rate, held, max(EVALUATIONS, often))
     save = work.checkpoint_bytes / WRITE_BYTES_PER_SECOND
     every = max(SAVE_EVERY_SECONDS, save / SAVE_SHARE)
     if math.isfinite(limit):
@@ -59,9 +63,10 @@ def outcome(
             vocab_size=work.shape.vocab_size,
             save_seconds_each=save,
             save_every_seconds=every,
-            eval_seconds=evaluation,
+            eval_seconds=evaluation + run_seconds(tasks, 1),
         )
-        tokens = min(tokens, train * rate)
+        beside = step_seconds(tasks) * rate / batch  # of a second of training
+        tokens = min(tokens, train / (1 + beside) * rate)
     tokens = float(math.floor(tokens / batch) * batch)
     bill = stages(
         seller.offer,
@@ -75,9 +80,22 @@ def outcome(
         kept_checkpoints=KEPT_CHECKPOINTS,
         save_seconds_each=save,
         save_every_seconds=every,
-        eval_seconds=min(evaluation, EVAL_SHARE * tokens / rate),
+        eval_seconds=min(evaluation, EVAL_SHARE * tokens / rate)
+        + run_seconds(tasks, tokens // batch),
     )
     return Outcome(tokens, bill)
+
+
+def tasks_of(run: Run, data: DataPlan, shape: Shape, rate: float) -> TasksPlan | None:
+    """The tasks that are asked for, at so many training tokens a second: of which a forward pass
+    is a third."""
+    return solve_tasks(
+        run,
+        data,
+        context=shape.sequence_len,
+        head=head_share(shape.n_embd, shape.vocab_size, shape.flops_per_token),
+        token_seconds=1 / (3 * rate),
+    )
 
 
 def dollar_limit(budget: Budget, seller: Seller, nodes: int) -> float:
@@ -99,7 +117,7 @@ def disk_gb(data: DataPlan, work: Work, tokens: float) -> float:
     return (shards + KEPT_CHECKPOINTS * work.checkpoint_bytes) / 1e9
 
 
-def _eval_seconds(data: DataPlan, rate: float, held_seconds: float) -> float:
+def _eval_seconds(data: DataPlan, rate: float, held_seconds: float, often: float) -> float:
     """Forward passes cost a third of a training token; at most their share of the run."""
-    tokens = EVALUATIONS * min(data.val_tokens, EVAL_TOKENS)
+    tokens = often * min(data.val_tokens, EVAL_TOKENS)
     return min(tokens / (3 * rate), EVAL_SHARE * held_seconds)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from tuppence.config import InitPlan, Interval, ModelPlan, OptimizerPlan, Plan
+from tuppence.config import InitPlan, Interval, ModelPlan, OptimizerPlan, Plan, TasksPlan
 from tuppence.live import duration
 from tuppence.plan.bill import KEPT_CHECKPOINTS
 from tuppence.plan.stages import shard_bytes
@@ -91,10 +91,24 @@ def plan_text(plan: Plan) -> str:
             f"{told.disk_bytes / 1e6:.1f} MB",
         ),
         ("val loss", f"{loss}; {told.val_loss_source}"),
+        *([("tasks", _tasks(plan.tasks))] if plan.tasks else []),
     ]
     text = "\n".join(f"{name:9s} {value}" for name, value in rows)
     notes = "".join(f"\nwarning   {w.message} [{w.code}]" for w in plan.warnings)
     return text + notes
+
+
+def _tasks(tasks: TasksPlan) -> str:
+    """Which suites, how much of each, when."""
+    told = []
+    for suite in tasks.suites:
+        items = "every item" if suite.items is None else f"{suite.items:,} items a task"
+        when = f"every {suite.every_steps:,} steps and " if suite.every_steps else ""
+        told.append(
+            f"{suite.name}, {items}, {when}at the end: {suite.tokens:,} tokens, "
+            f"{suite.seconds:,.1f} s each time"
+        )
+    return "; ".join(told)
 
 
 def _processes(plan: Plan) -> str:

@@ -14,6 +14,7 @@ from tuppence.config import (
     Predicted,
     Run,
     StepPlan,
+    TasksPlan,
 )
 from tuppence.plan import cost, loss
 from tuppence.plan.asked import limit_seconds, optimizer_of
@@ -28,6 +29,7 @@ from tuppence.plan.spread import (
     staged_gib,
     wire_seconds,
 )
+from tuppence.plan.tasks import FIXED_ROWS, multiples, rate, run_seconds, step_seconds
 
 CPU_MICRO_TOKENS = 4096  # larger micro-batches leave the caches and gain nothing
 MEMORY_SHARE = 0.8  # of the machine's memory that a chosen micro-batch may fill
@@ -234,6 +236,7 @@ def predict(
     machine: MachinePlan,
     step: StepPlan,
     cadence: CadencePlan,
+    tasks: TasksPlan | None,
     optimizer: str,
     units: UnitSeconds,
     expectation: loss.Expectation,
@@ -245,9 +248,9 @@ def predict(
     limit = limit_seconds(budget, machine.usd_per_hour)
     spread = ROOFLINE_SPREAD if basis == "roofline" else MEASURED_SPREAD
     prepare = _prepare_seconds(data)
-    fast, mid, slow = (_run_at(f, limit, step, cadence, units, prepare) for f in spread)
-    step_seconds = [factor * units.step for factor in spread]
-    rates = [step.batch_tokens / s for s in reversed(step_seconds)]
+    fast, mid, slow = (_run_at(f, limit, step, cadence, tasks, units, prepare) for f in spread)
+    seconds = [factor * units.step for factor in spread]
+    rates = [step.batch_tokens / s for s in reversed(seconds)]
     peak_flops = machine.peak_tflops * 1e12
     steps = [slow.steps, mid.steps, fast.steps]
     hours = [min(limit, outcome.seconds) / 3600 for outcome in (fast, mid, slow)]
@@ -255,7 +258,7 @@ def predict(
     tokens = Interval(*(float(n * step.batch_tokens) for n in steps))
     val_loss, source = _expected_loss(expectation, tokens)
     return Predicted(
-        step_seconds=Interval(*step_seconds),
+        step_seconds=Interval(*seconds),
         tokens_per_second=Interval(*rates),
         mfu=Interval(*(rate * model.flops_per_token / peak_flops for rate in rates)),
         steps=Interval(*map(float, steps)),
@@ -272,6 +275,7 @@ def predict(
         val_loss=val_loss,
         val_loss_source=source,
         basis=basis,
+        fixed_seconds=_fixed_seconds(cadence, units),
     )
 
 
@@ -303,32 +307,47 @@ def _eval_seconds(cadence: CadencePlan, units: UnitSeconds) -> float:
     return cadence.eval_tokens * units.eval_token + cadence.sample_tokens * units.sample_token
 
 
+def _fixed_seconds(cadence: CadencePlan, units: UnitSeconds) -> float:
+    return FIXED_ROWS * cadence.fixed_tokens * units.sample_token
+
+
 def _run_at(
     factor: float,
     limit: float,
     step: StepPlan,
     cadence: CadencePlan,
+    tasks: TasksPlan | None,
     units: UnitSeconds,
     prepare: float,
 ) -> _Outcome:
-    """The run if computing takes `factor` times what is expected, within `limit` seconds."""
+    """The run if computing takes `factor` times what is expected, within `limit` seconds.
+
+    Tasks come with an evaluation of the loss, and all come once more at the end.
+    """
     one_step = units.step * factor
     one_eval = _eval_seconds(cadence, units) * factor
-    ends = units.startup + prepare + cadence.finish_seconds
-    steps = math.inf if step.max_steps is None else step.max_steps
-    if cadence.eval_every_steps:  # each with its evaluation's and save's share, and one at the end
-        side = (one_eval + units.save) / cadence.eval_every_steps
-        steps = min(steps, _fitting(limit - ends - one_eval - units.save, one_step + side))
-        evals = 1 + (steps - 1) // cadence.eval_every_steps
+    suites = () if tasks is None else tasks.suites
+    every = [suite.every_steps for suite in suites if suite.every_steps]
+    by_progress = 1  # evaluations that do not count steps: the last, and those at marks
+    if cadence.eval_every_steps:
+        every.append(cadence.eval_every_steps)
     else:
         assert cadence.eval_every_progress is not None
-        evals = round(1 / cadence.eval_every_progress)
-        steps = min(steps, _fitting(limit - ends - evals * (one_eval + units.save), one_step))
+        by_progress = round(1 / cadence.eval_every_progress)
+    side = (one_eval + units.save) * rate(every)  # a step's share of what is due between steps
+    side += step_seconds(tasks) * factor
+    last = (_fixed_seconds(cadence, units) + run_seconds(tasks, 1)) * factor
+    ends = units.startup + prepare + cadence.finish_seconds + last
+    steps = math.inf if step.max_steps is None else step.max_steps
+    left = limit - ends - by_progress * (one_eval + units.save)
+    steps = min(steps, _fitting(left, one_step + side))
+    evals = by_progress + multiples(steps - 1, every)
+    between = (run_seconds(tasks, steps) - run_seconds(tasks, 1)) * factor
     phases = {
         "provision": units.startup,
         "prepare": prepare,
         "train": steps * one_step,
-        "evaluate": evals * one_eval,
+        "evaluate": evals * one_eval + last + between,
         "save": evals * units.save + cadence.finish_seconds,  # each better evaluation saves
     }
     return _Outcome(steps, phases)

@@ -8,10 +8,12 @@ import math
 import re
 
 from tuppence.config import DataPlan, Run, Warning
+from tuppence.plan.bill import tasks_of
 from tuppence.plan.gpus import ceiling_tflops
 from tuppence.plan.loss import FEW_EPOCHS, MANY_EPOCHS, effective_tokens
 from tuppence.plan.options import Option
 from tuppence.plan.shapes import R_SIGMA, export_warnings
+from tuppence.plan.tasks import too_much
 from tuppence.plan.work import fixed_tokens
 
 POSSIBLE = 0.85  # of the measured matmul ceiling: no published run is above it in bf16
@@ -27,6 +29,7 @@ def flags(run: Run, data: DataPlan, option: Option, *, year: int) -> list[Warnin
         *_steps(option),
         *_money(run, option, year),
         *_beside(run, option),
+        *_tasks(run, data, option),
         *_disk(run, option),
         *_told(option),
         *_loops(run),
@@ -149,6 +152,19 @@ def _beside(run: Run, option: Option) -> Found:
             f"${run.budget.usd:,.2f}",
         )
     ]
+
+
+def _tasks(run: Run, data: DataPlan, option: Option) -> Found:
+    """Tasks that take more than their share of the machine's time."""
+    assert option.stages is not None
+    assert option.tokens is not None
+    assert option.tokens_per_second is not None
+    dear = too_much(
+        tasks_of(run, data, option.work.shape, option.tokens_per_second.mid),
+        steps=option.tokens.mid // option.work.recipe.batch_tokens,
+        seconds=option.stages.training_seconds,
+    )
+    return [] if dear is None else [("tasks_share", dear)]
 
 
 def _disk(run: Run, option: Option) -> Found:

@@ -21,7 +21,7 @@ from tuppence.config import (
     Predicted,
     Run,
     StepPlan,
-    Warning,
+    TasksPlan,
 )
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.plan import laws, loss
@@ -53,10 +53,21 @@ from tuppence.plan.estimate import (
     workers_of,
 )
 from tuppence.plan.hardware import Calibration, Timing
+from tuppence.plan.notices import notices
 from tuppence.plan.prices import ASSUMED_USD_PER_HOUR
 from tuppence.plan.shapes import export_warnings, shape_of
 from tuppence.plan.spread import Spread, per_machine_gib, spread_of
 from tuppence.plan.stages import EVAL_SHARE
+from tuppence.plan.tasks import (
+    FIXED_ROWS,
+    FIXED_SHARE,
+    FIXED_TOKENS,
+    TASKS_GIB,
+    evaluations,
+    head_share,
+    run_seconds,
+    solve_tasks,
+)
 
 FINISH_SECONDS = 0.8  # receipt and exit, charged in advance
 MAX_EVALS = 10
@@ -65,7 +76,6 @@ SAVE_SHARE = 0.05  # of the time that the thread which writes may be busy
 SAMPLE_SHARE = 0.02  # of a run that its samples may take together
 SAMPLE_TOKENS = 200
 KEEP_LAST = 2
-GRACE_SECONDS = 30.0  # GCP's and Azure's notice; AWS gives 120
 STALL_SECONDS, STALL_STEPS = 120.0, 20.0  # a rank may stand still for the longer of the two
 
 
@@ -93,7 +103,16 @@ def solve(
     schedule = solve_schedule(run)
     recipe = laws.recipe(shape, optimizer_of(run), tokens, batch_tokens=step.batch_tokens)
     optimizer = solve_optimizer(run, model, laws.overridden(recipe, run.train))
-    cadence = _solve_cadence(run, budget, data, model, step, machine, units)
+    tasks = solve_tasks(
+        run,
+        data,
+        context=model.sequence_len,
+        head=head_share(model.n_embd, model.vocab_size, model.flops_per_token),
+        token_seconds=units.eval_token,
+    )
+    if tasks is not None and calibration.device == "cpu":
+        peak_gib += TASKS_GIB
+    cadence = _solve_cadence(run, budget, data, model, step, machine, tasks, units)
     predicted = predict(
         budget,
         data,
@@ -101,6 +120,7 @@ def solve(
         machine,
         step,
         cadence,
+        tasks,
         optimizer.name,
         units,
         loss.Expectation(None, loss.STARTED)
@@ -109,7 +129,7 @@ def solve(
         basis=timing.source,
         peak_gib=peak_gib,
     )
-    _check_affordable(budget, machine, predicted)
+    _check_affordable(budget, machine, tasks, predicted)
     _check_disk(run, predicted.checkpoint_bytes)
     return Plan(
         version=1,
@@ -124,9 +144,10 @@ def solve(
         cadence=cadence,
         predicted=predicted,
         warnings=(
-            *_warnings(budget, data, machine, step, cadence, predicted),
+            *notices(budget, data, machine, step, cadence, tasks, predicted),
             *export_warnings(run.model),
         ),
+        tasks=tasks,
     )
 
 
@@ -259,6 +280,7 @@ def _solve_cadence(
     model: ModelPlan,
     step: StepPlan,
     machine: MachinePlan,
+    tasks: TasksPlan | None,
     units: UnitSeconds,
 ) -> CadencePlan:
     train = run.train
@@ -276,9 +298,15 @@ def _solve_cadence(
     save_every, save_seconds = train.save_every, max(SAVE_SECONDS, units.save / SAVE_SHARE)
     if save_every is None and math.isinf(limit_seconds(budget, machine.usd_per_hour)):
         save_every = max(1, round(save_seconds / units.step))  # where steps are counted, no clock
-    tokens = _eval_tokens(train.eval_tokens, data, model, EVAL_SHARE * seconds, units)
+    with_tasks = evaluations(tasks, seconds / units.step)
+    share = EVAL_SHARE * seconds / max(1, with_tasks)
+    tokens = _eval_tokens(train.eval_tokens, data, model, share, units)
     count = max(1, min(MAX_EVALS, int(EVAL_SHARE * seconds / (tokens * units.eval_token))))
-    samples = min(SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / count / units.sample_token))
+    samples = min(
+        SAMPLE_TOKENS, int(SAMPLE_SHARE * seconds / (count + with_tasks) / units.sample_token)
+    )
+    fixed = int(FIXED_SHARE * seconds / FIXED_ROWS / units.sample_token)
+    fixed = min(FIXED_TOKENS, fixed if train.sample_tokens is None else train.sample_tokens)
     return CadencePlan(
         eval_every_steps=train.eval_every,
         eval_every_progress=None if train.eval_every else 1 / count,
@@ -293,6 +321,7 @@ def _solve_cadence(
         finish_seconds=FINISH_SECONDS,
         sample_prompt=train.sample_prompt,
         sample_tokens=samples if train.sample_tokens is None else train.sample_tokens,
+        fixed_tokens=fixed,
     )
 
 
@@ -306,7 +335,7 @@ def _eval_tokens(
     return min(data.val_tokens, max(1, windows) * model.sequence_len)
 
 
-# ---------------------------------------------------------------- refusals and warnings
+# ---------------------------------------------------------------- refusals
 
 
 def _sharded_if_it_must(
@@ -343,92 +372,19 @@ def _check_disk(run: Run, each: int) -> None:
         )
 
 
-def _check_affordable(budget: Budget, machine: MachinePlan, predicted: Predicted) -> None:
+def _check_affordable(
+    budget: Budget, machine: MachinePlan, tasks: TasksPlan | None, predicted: Predicted
+) -> None:
     if predicted.steps.mid >= 1:
         return
     limit = limit_seconds(budget, machine.usd_per_hour)
     needed = sum(predicted.phase_seconds.values()) + predicted.step_seconds.mid
     usd = needed / 3600 * machine.usd_per_hour
+    names = [] if tasks is None else [f"train.{suite.name}_items" for suite in tasks.suites]
+    judged = f" (tasks {run_seconds(tasks, 1):.1f} s of it: lower {' and '.join(names)})"
     raise DoesNotFit(
         f"the budget buys {limit:.1f} s at ${machine.usd_per_hour:g}/h; start-up, one step of "
         f"{predicted.step_seconds.mid:.2f} s, evaluation, save and receipt take about "
-        f"{needed:.1f} s: give at least budget.usd={usd:.2g} or budget.hours={needed / 3600:.2g}"
+        f"{needed:.1f} s{judged if names else ''}: give at least budget.usd={usd:.2g} or "
+        f"budget.hours={needed / 3600:.2g}"
     )
-
-
-def _warnings(
-    budget: Budget,
-    data: DataPlan,
-    machine: MachinePlan,
-    step: StepPlan,
-    cadence: CadencePlan,
-    predicted: Predicted,
-) -> list[Warning]:
-    limit = limit_seconds(budget, machine.usd_per_hour)
-    tokens = budget.tokens or 0
-    part = cadence.eval_tokens / data.val_tokens
-    cases = [
-        (
-            machine.price_source == "assumed",
-            "assumed_price",
-            f"no price is known for this machine: ${machine.usd_per_hour:.2f}/h is assumed; "
-            f"machine.usd_per_hour=... says yours",
-        ),
-        (
-            predicted.epochs > loss.MANY_EPOCHS,
-            "epochs_16",
-            f"{predicted.epochs:.0f} epochs: more than 16 teach next to nothing new",
-        ),
-        (
-            loss.FEW_EPOCHS < predicted.epochs <= loss.MANY_EPOCHS,
-            "epochs_4",
-            f"{predicted.epochs:.1f} epochs: beyond 4, repeated text is worth less than new text",
-        ),
-        (
-            math.isinf(limit),
-            "no_wall_clock_stop",
-            "no clock stops a budget in tokens or steps; add budget.usd or budget.hours",
-        ),
-        (
-            tokens % step.batch_tokens != 0,
-            "tokens_floor",
-            f"budget.tokens={tokens:,} is {tokens // step.batch_tokens * step.batch_tokens:,} in "
-            f"whole batches; the rest is not used",
-        ),
-        (
-            part < 1,
-            "eval_part",
-            f"evaluations use {cadence.eval_tokens:,} val tokens, {part:.1%} of the split, to stay "
-            f"within their share of the run (train.eval_tokens sets it)",
-        ),
-        (
-            not data.exact,
-            "data_estimated",
-            "the corpus is not prepared yet: its token counts are estimates from a sample",
-        ),
-        (
-            not machine.deterministic,
-            "not_deterministic",
-            "a replay on this device is not bit for bit: its attention and embedding gradients add "
-            "up in no fixed order",
-        ),
-        (
-            predicted.val_loss is None,
-            "loss_unknown",
-            f"no loss is promised: {predicted.val_loss_source}",
-        ),
-        (
-            predicted.step_seconds.mid + predicted.save_seconds > GRACE_SECONDS,
-            "no_grace",
-            f"a step and a save take {predicted.step_seconds.mid + predicted.save_seconds:.0f} s: "
-            f"clouds give spot machines {GRACE_SECONDS:.0f} s from the signal to the end, so that "
-            f"only what was saved before counts (train.save_every)",
-        ),
-        (
-            predicted.step_seconds.mid > 0.01 * limit,
-            "long_step",
-            f"one step takes {predicted.step_seconds.mid:.1f} s, more than 1% of the budget: the "
-            f"spend may end below 97%; a smaller train.batch_tokens lands closer",
-        ),
-    ]
-    return [Warning(code, message) for found, code, message in cases if found]

@@ -34,7 +34,7 @@ from tuppence.train.draws import keys_of, recurrence_of
 from tuppence.train.feed import Batch
 from tuppence.train.guard import BAD_STEPS, Window
 from tuppence.train.interrupt import Interrupt
-from tuppence.train.judging import evaluate
+from tuppence.train.judging import evaluate, taste
 from tuppence.train.pace import Turn, finish_seconds
 from tuppence.train.preflight import preflight
 from tuppence.train.rewinding import rewind, rewinds_of
@@ -42,9 +42,11 @@ from tuppence.train.saving import ready_to_save, save, saved, stop_if_asked
 from tuppence.train.schedule import factor
 from tuppence.train.setup import START_SECONDS, Place, Trainer, set_up
 from tuppence.train.step import MicroBatch, StepResult, micro_batches, train_step
+from tuppence.train.suites import is_due
 from tuppence.train.watchdog import Watchdog
 
 TELLING_PROGRESS = 0.05  # before it the plan knows better than the run how long it takes
+TASTE_STEPS = 5  # of an attempt, after which it is known what a step takes
 PATIENCE_SECONDS = 1.0  # a batch may take before the wait for it is charged as one
 
 
@@ -138,7 +140,7 @@ def _run(trainer: Trainer) -> None:
     """Every step that is left, and the end."""
     if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
         evaluate(trainer, deadline=math.inf)
-    ready = False
+    ready, first = False, trainer.state.step
     while not trainer.state.finished and (turn := trainer.lead.next(trainer.state.step)):
         _step(trainer, turn)
         if not ready:
@@ -150,6 +152,8 @@ def _run(trainer: Trainer) -> None:
         stop_if_asked(trainer)
         if turn.last:
             break
+        if trainer.pace.timed and trainer.state.step == first + TASTE_STEPS:
+            taste(trainer)
         if trainer.state.evaluation_due:
             evaluate(trainer, deadline=math.inf)
         elif trainer.state.bad_steps == 0 and trainer.lead.save_due(trainer.state.step):
@@ -233,6 +237,8 @@ def _due_evaluation(trainer: Trainer, previous: float) -> bool:
     cadence, state = trainer.plan.cadence, trainer.state
     if not trainer.lead.room_to_evaluate(state.step):
         return False
+    if any(is_due(suite.plan, state.step) for suite in trainer.suites):
+        return True  # tasks come with a val loss
     if cadence.eval_every_steps is not None:
         return state.step % cadence.eval_every_steps == 0
     assert cadence.eval_every_progress is not None

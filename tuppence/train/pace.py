@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 from tuppence.config import Plan
 from tuppence.ledger import Meter
+from tuppence.plan.tasks import FIXED_ROWS
 
 RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
 HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
 MOST_UPLOAD_SECONDS = 60.0  # kept back for a bucket that is slow or away
+OVERRUN = 2.0  # of what tasks are expected to take, that they may take
 RECEIPT_STEP_SECONDS = 1.5e-5  # to read a step's row again for the receipt
 
 
@@ -62,6 +64,8 @@ class Pace:
         self.save_seconds = plan.predicted.save_seconds
         self.upload_seconds = 0.0
         self.eval_measured = False
+        self.suites = {suite.name: suite for suite in plan.tasks.suites} if plan.tasks else {}
+        self._suite_took: dict[str, float] = {}
         self.last_save = time.monotonic()
 
     def step_took(self, step: int, seconds: float) -> None:
@@ -89,14 +93,37 @@ class Pace:
         """Seconds that the end of a run of `step` steps needs: save, evaluate, sample, finish."""
         held = HELD_BACK * (self.meter.seconds() + self.seconds_left()) if self.timed else 0.0
         evaluation = self.eval_seconds
-        if not self.eval_measured and self._recent:  # a guess: as far off as that of a step was
-            evaluation *= min(self._recent) / self.plan.predicted.step_seconds.mid
+        if not self.eval_measured:
+            evaluation *= self._how_far_off()
+        evaluation += self.plan.predicted.fixed_seconds * self._how_far_off()
+        evaluation += sum(self.suite_seconds(name) for name in self.suites)
         upload = min(MOST_UPLOAD_SECONDS, self.upload_seconds)
         end = 1.5 * (self.save_seconds + upload) + 1.1 * evaluation
         return end + finish_seconds(self.plan, step) + held
 
+    def _how_far_off(self) -> float:
+        """What to multiply a guess by: it is as far off as that of a step was."""
+        if not self._recent:
+            return 1.0
+        return min(self._recent) / self.plan.predicted.step_seconds.mid
+
     def evaluation_took(self, seconds: float) -> None:
         self.eval_seconds, self.eval_measured = seconds, True
+
+    def sample_seconds(self) -> float:
+        """What the end's samples take: the fixed prompts' and the run's own."""
+        cadence, each = self.plan.cadence, FIXED_ROWS * self.plan.cadence.fixed_tokens
+        fixed = self.plan.predicted.fixed_seconds * self._how_far_off()
+        return fixed * (1 + cadence.sample_tokens / each) if each else 0.0
+
+    def suite_took(self, name: str, seconds: float) -> None:
+        """A whole evaluation of a suite of tasks, or what one that was cut short points to."""
+        self._suite_took[name] = seconds
+
+    def suite_seconds(self, name: str) -> float:
+        """What a suite of tasks takes now, and is given at the end."""
+        guess = self.suites[name].seconds * self._how_far_off()
+        return min(self._suite_took.get(name, guess), OVERRUN * guess)
 
     def room_for(self, seconds: float, step: int) -> bool:
         """Whether something that takes so long fits in before the last steps and the end."""

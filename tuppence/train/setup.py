@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from tuppence.checkpoint import Fence, Retention, Saver, State
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
 from tuppence.errors import DoesNotFit, UserError
+from tuppence.evals import identity
 from tuppence.folder import RunFolder
 from tuppence.hub.load import load_into
 from tuppence.ledger import Meter
@@ -29,6 +31,7 @@ from tuppence.train.optim import optimizers_of
 from tuppence.train.pace import Pace
 from tuppence.train.parallel import Parallel, recompute
 from tuppence.train.rehearsal import rehearse, sizes
+from tuppence.train.suites import Suite, load
 from tuppence.train.watchdog import Watchdog
 from tuppence.workers import Workers
 
@@ -73,7 +76,7 @@ class Place:
 @dataclass
 class Trainer:
     """What the loop holds: the plan's things built, where the run is, and why the last skipped step
-    was skipped."""
+    was skipped. `measure` is what a val loss is of (evals/identity.py)."""
 
     plan: Plan
     place: Place
@@ -89,6 +92,8 @@ class Trainer:
     optimizers: list[torch.optim.Optimizer]
     saver: Saver
     prompt: list[int]
+    suites: list[Suite]
+    measure: dict[str, Any]
     state: State
     saved_step: int = -1
     skipped: str = ""
@@ -134,12 +139,14 @@ def set_up(
         # a pass that broke off leaves FSDP2 wrong
         built = _built(plan, ranks, fresh=found is None, end=end)
     _say_packing(place, built, plan.machine.device)
+    measure = identity.fields(place.data, sequence_len=plan.model.sequence_len)
     if found is None:
         state = replace(state, began_seconds=meter.seconds())
         _say_start(plan, place)
     else:
         restore(found, built.parallel, built.optimizers)
         live.say(_say_resume(place, state))
+        state = _comparable(place, state, measure)
     work = work_of(plan, state.skipped_batches)
     pace = Pace(plan, meter, began=state.began_seconds, work=work)
     cadence = plan.cadence
@@ -169,6 +176,8 @@ def set_up(
             fence=fence,
         ),
         prompt=prompt,
+        suites=load(plan, tokenizer, say=live.say),
+        measure=measure,
         state=replace(state, attempt=place.attempt, micro_batch=micro),
         saved_step=state.step if state.step else -1,
     )
@@ -297,6 +306,24 @@ def restore(path: Path, parallel: Parallel, optimizers: list[torch.optim.Optimiz
     moments = parallel.wanted_moments(optimizers, there)
     checkpoint.read(path, moments, "optimizer", partial=parallel.sharded)
     return checkpoint.state_of(path)
+
+
+def _comparable(place: Place, state: State, measure: dict[str, Any]) -> State:
+    """Where the best loss is of another measure than this attempt's, no loss is better or worse."""
+
+    def reason() -> str | None:
+        rows = place.folder.latest("evals")
+        best = next((row for row in rows if row["step"] == state.best_step), None)
+        if best is None or "metric_version" not in best:  # of a version that had one measure
+            return None
+        return identity.refuse(best, {**best, **measure})
+
+    found = place.ranks.told("comparable", reason)
+    if found is None:
+        return state
+    message = f"the best loss so far, of step {state.best_step}, is not compared: {found}"
+    place.folder.event("best_not_comparable", message, step=state.best_step)
+    return replace(state, best_val_loss=None)
 
 
 def _say_start(plan: Plan, place: Place) -> None:
