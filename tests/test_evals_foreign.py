@@ -322,6 +322,34 @@ def test_a_weight_that_is_missing(copy: Path) -> None:
     assert "transformer.h.1.mlp.c_fc.weight" in refused(copy)
 
 
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "Gemma2ForCausalLM"])
+def test_a_folder_without_a_tokenizer(kind: str, folders: Folders, tmp_path: Path) -> None:
+    """Of which transformers makes an empty one: text is no ids, or unknown ones."""
+    shutil.copytree(folders(kind), tmp_path / kind)
+    for path in (tmp_path / kind).glob("*token*"):
+        path.unlink()
+    assert "its tokenizer makes nothing of plain text" in refused(tmp_path / kind)
+
+
+def test_a_tokenizer_of_another_model(copy: Path) -> None:
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    rules["added_tokens"].append({**rules["added_tokens"][0], "id": 400, "content": "<pad>"})
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    assert subject_of(copy).text.encode_batch(["to be"])  # padding is never read
+    names = rules["model"]["vocab"]
+    names["zzz"] = len(names) + 20
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    line = refused(copy)
+    assert f"ids up to {names['zzz']}" in line
+    assert "below 300" in line
+
+
+def test_loading_shows_no_bars(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    subject_of(copy)
+    assert "%|" not in capfd.readouterr().err
+
+
 def test_without_transformers(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     assert "tuppence[hf]" in refused(folders("GPT2LMHeadModel"))

@@ -280,12 +280,16 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tasks_of_ones_own(
-    tasks: Path, subjects: dict[str, Subject], peers: Callable[..., Any]
+    tasks: Path,
+    subjects: dict[str, Subject],
+    peers: Callable[..., Any],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import lm_eval
 
     names = ["chosen", "whole", "written"]
     told = harness.run(subjects["gpt2"], names, include=str(tasks), limit=9, shots=1)
+    assert "%|" not in capfd.readouterr().err  # no bars of others
     assert told["metric"] == "lm_eval"
     assert told["harness"] == harness.version()
     assert told["limit"] == 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tuppence.data.shards import load_manifest
 from tuppence.evals import against
 from tuppence.evals.against import Difference, Result, differences, refusal
 from tuppence.evals.identity import fields, is_whole, refuse
+from tuppence.evals.items import Judged
+from tuppence.evals.journal import Journal
 
 ROW: dict[str, Any] = {
     "metric_version": 1,
@@ -26,6 +29,7 @@ ROW: dict[str, Any] = {
     "loss": 2.0,
     "bpb": 1.0,
 }
+HERE = Path()
 PART = {"tokens": 64, "of_tokens": 64}
 
 
@@ -61,9 +65,9 @@ def test_bits_per_byte_hold_across_tokenizers_on_one_text() -> None:
     assert refuse(ROW, hub, unit="bpb") is None
     assert "parts" in str(refuse(ROW | PART, hub, unit="bpb"))
     assert "tokenizers differ" in str(refuse(ROW, hub | {"val_sha256": "d" * 64}, unit="bpb"))
-    kept = [each.score for each in differences("bpb", Result(ROW, None), Result(hub, None))]
+    kept = [each.score for each in differences("bpb", Result(ROW, HERE), Result(hub, HERE))]
     assert kept == ["bpb"]
-    kept = [each.score for each in differences("bpb", Result(ROW, None), Result(ROW, None))]
+    kept = [each.score for each in differences("bpb", Result(ROW, HERE), Result(ROW, HERE))]
     assert kept == ["loss", "bpb"]
 
 
@@ -99,14 +103,28 @@ def core(right: dict[str, list[bool]], **other: Any) -> dict[str, Any]:
     return told | {"score": sum(scores) / len(scores)} | other
 
 
-def journal(path: Path, right: dict[str, list[bool]]) -> Path:
-    lines: list[dict[str, Any]] = [{"journal": 1}]
-    for task, judged in right.items():
-        for item, correct in enumerate(judged):
-            row = {"task": task, "item": item, "nats": [], "judged": {"correct": correct}}
-            lines.append(row)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+SUBJECT = {"weights_sha256": "w", "tokenizer_sha256": "t", "precision": "fp32", "context": 16}
+
+
+def kept(
+    folder: Path, document: dict[str, Any], rows: dict[str, list[Judged]], **asked: Any
+) -> Result:
+    """A result with the journal that it names, of a model that is `asked`."""
+    suite = {key: value for key, value in document.items() if key in ("metric", "version")}
+    lines = Journal(
+        folder / "suite.jsonl", {"subject": SUBJECT | asked, "suite": suite}, lambda text: None
+    )
+    lines.open()
+    for task, judged in rows.items():
+        for item, each in enumerate(judged):
+            lines.add((task, item), [], each)
+    lines.close()
+    return Result(document | SUBJECT | {"journal": lines.path.name}, folder)
+
+
+def core_of(folder: Path, right: dict[str, list[bool]], **asked: Any) -> Result:
+    rows: dict[str, list[Judged]] = {t: [{"correct": r} for r in rs] for t, rs in right.items()}
+    return kept(folder, core(right), rows, **asked)
 
 
 def drawn(seed: int, share: float, like: dict[str, list[bool]] | None = None) -> Any:
@@ -120,10 +138,7 @@ def drawn(seed: int, share: float, like: dict[str, list[bool]] | None = None) ->
 def test_the_error_of_a_paired_difference_is_that_of_its_items(tmp_path: Path) -> None:
     mine = drawn(0, 0.5)
     other = drawn(1, 0.5, like=mine)
-    results = [
-        Result(core(right), journal(tmp_path / f"{i}.jsonl", right))
-        for i, right in enumerate((mine, other))
-    ]
+    results = [core_of(tmp_path / str(i), right) for i, right in enumerate((mine, other))]
     (found,) = differences("core", *results)
     apart = {t: [int(x) - int(y) for x, y in zip(mine[t], other[t], strict=True)] for t in mine}
     assert found.difference == pytest.approx(
@@ -142,19 +157,22 @@ def test_the_error_of_a_paired_difference_is_that_of_its_items(tmp_path: Path) -
     assert found.error == pytest.approx(spread, rel=0.1)
 
 
-@pytest.mark.parametrize("lacking", ["journal", "an item", "another item"])
+@pytest.mark.parametrize("lacking", ["journal", "name", "an item", "identity"])
 def test_without_the_same_items_the_errors_are_added(tmp_path: Path, lacking: str) -> None:
     mine = drawn(0, 0.5)
-    path = journal(tmp_path / "mine.jsonl", mine)
-    other = journal(tmp_path / "other.jsonl", mine)
-    lines = other.read_text().splitlines(keepends=True)
+    first = core_of(tmp_path / "mine", mine)
+    other = core_of(tmp_path / "other", mine)
+    path = other.folder / other.document["journal"]
     if lacking == "journal":
-        other.unlink()
+        path.unlink()
+    elif lacking == "name":
+        del other.document["journal"]
     elif lacking == "an item":
-        other.write_text("".join(lines[:-1]))
-    else:
-        other.write_text("".join([*lines[:-1], lines[-1].replace("199", "299")]))
-    (found,) = differences("core", Result(core(mine), path), Result(core(mine), other))
+        path.write_bytes(path.read_bytes()[:-9])
+    else:  # that of a model whose evaluation was interrupted
+        third = core_of(tmp_path / "third", mine, weights_sha256="v")
+        shutil.copy(third.folder / third.document["journal"], path)
+    (found,) = differences("core", first, other)
     assert found.how == "unpaired"
     assert found.error == pytest.approx(0.03 * 2**0.5)
 
@@ -163,17 +181,13 @@ def test_items_that_a_result_does_not_count_are_not_paired(tmp_path: Path) -> No
     """A journal holds more than a result of fewer items."""
     told = {"metric": "hellaswag", "version": 1, "sha256": "s", "n": 100}
     told |= {"acc": 0.5, "error": 0.05, "acc_norm": 0.5, "error_norm": 0.05}
-    path = tmp_path / "hellaswag.jsonl"
-    rows = [{"journal": 1}]
-    for item in range(300):
-        judged = {"correct": item % 2 == 0, "correct_norm": True}
-        rows.append({"task": "hellaswag", "item": item, "nats": [], "judged": judged})  # type: ignore[dict-item]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = differences("hellaswag", Result(told, path), Result(told, path))
-    nothing = "paired, 0 items apart"
+    rows: list[Judged] = [{"correct": n % 2 == 0, "correct_norm": True} for n in range(300)]
+    result = kept(tmp_path, told, {"hellaswag": rows})
+    found = differences("hellaswag", result, result)
+    nothing, error = "paired, 0 items apart", pytest.approx(1 / 102)  # which is no certainty
     assert found == [
-        Difference("acc", 0.5, 0.5, 0.0, 0.0, nothing, 100),
-        Difference("acc_norm", 0.5, 0.5, 0.0, 0.0, nothing, 100),
+        Difference("acc", 0.5, 0.5, 0.0, error, nothing, 100),
+        Difference("acc_norm", 0.5, 0.5, 0.0, error, nothing, 100),
     ]
 
 

@@ -61,8 +61,14 @@ def tasks_of(asked: list[tuple[str, int]] | None = None) -> list[Task]:
     return [task("choices", 4, 4), task("words", 12, 2), task("none", 1, 1)]
 
 
+def file_of(path: Path) -> Path:
+    """The one journal that is named after this path."""
+    (found,) = path.parent.glob(f"{path.stem}.????????.jsonl")
+    return found
+
+
 def rows_of(path: Path) -> Rows:
-    return {(row["task"], row["item"]): row for row in journal.rows_of(path)}
+    return {(row["task"], row["item"]): row for row in journal.rows_of(file_of(path))}
 
 
 def same(found: Rows, whole: Rows) -> None:
@@ -132,10 +138,10 @@ def test_two_ranks_killed_and_gone_on_with_by_one_and_by_two(
     assert set(killed.codes()) & {-signal.SIGKILL}
     before = rows_of(path)
     assert 0 < len(before) < 93
-    kept = path.read_bytes()
+    kept = file_of(path).read_bytes()
 
     alone = tmp_path / "alone.jsonl"
-    alone.write_bytes(kept)
+    alone.with_name(file_of(path).name.replace("suite", "alone")).write_bytes(kept)
     asked: list[tuple[str, int]] = []
     assert run(subject_of(), tasks_of(asked), journal=alone, batch=17 - batch) == result
     assert not set(asked) & before.keys()
@@ -144,7 +150,7 @@ def test_two_ranks_killed_and_gone_on_with_by_one_and_by_two(
     again = start(2, ranked, str(path), batch, None, str(out), folder=tmp_path / "second")
     assert again.codes() == [0, 0], again.said(0) + again.said(1)
     same(rows_of(path), rows)
-    assert path.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
+    assert file_of(path).read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
     for rank in range(2):
         assert json.loads(Path(f"{out}{rank}").read_text()) == result
 
@@ -222,7 +228,16 @@ def garbled(lines: list[bytes]) -> list[bytes]:
     return [*lines[:5], b'{"task": "choices", "it\xff\n', b"[]\n", *lines[7:]]
 
 
-@pytest.mark.parametrize(("damage", "lost"), [(torn, 1), (garbled, 2)])
+def changed(lines: list[bytes]) -> list[bytes]:
+    """One that judged nothing, one of another choice, and one without its checksum."""
+    rows = [json.loads(line) for line in lines[5:8]]
+    rows[0]["judged"] = {}
+    rows[1]["judged"]["choice"] += 1
+    del rows[2]["crc32"]
+    return [*lines[:5], *(json.dumps(row).encode() + b"\n" for row in rows), *lines[8:]]
+
+
+@pytest.mark.parametrize(("damage", "lost"), [(torn, 1), (garbled, 2), (changed, 3)])
 def test_damaged_lines_are_asked_again(
     kept: Path,
     whole: tuple[dict[str, list[Judged]], Rows],
@@ -230,37 +245,48 @@ def test_damaged_lines_are_asked_again(
     lost: int,
 ) -> None:
     result, rows = whole
-    lines = kept.read_bytes().splitlines(keepends=True)
-    kept.write_bytes(b"".join(damage(lines)))
+    lines = file_of(kept).read_bytes().splitlines(keepends=True)
+    file_of(kept).write_bytes(b"".join(damage(lines)))
     asked: list[tuple[str, int]] = []
     said: list[str] = []
     assert run(subject_of(), tasks_of(asked), journal=kept, say=said.append) == result
     assert len(asked) == lost
-    assert len(said) == (damage is garbled)
+    assert len(said) == (damage is not torn)
     same(rows_of(kept), rows)
-    assert len(kept.read_bytes().splitlines()) == len(lines)
+    assert len(file_of(kept).read_bytes().splitlines()) == len(lines)
 
 
-@pytest.mark.parametrize("other", ["subject", "suite", "header"])
-def test_a_journal_of_another_is_set_aside(kept: Path, other: str) -> None:
-    before = kept.read_bytes()
-    if other == "header":
-        before = b"{}\n" + before.split(b"\n", 1)[1]
-        kept.write_bytes(before)
+@pytest.mark.parametrize("other", ["subject", "suite"])
+def test_a_journal_of_another_is_beside(kept: Path, other: str) -> None:
+    mine = file_of(kept)
+    before = mine.read_bytes()
     who = subject_of(precision="bf16") if other == "subject" else subject_of()
     suite = {"max_per_task": 5} if other == "suite" else None
     asked: list[tuple[str, int]] = []
     said: list[str] = []
     run(who, tasks_of(asked), journal=kept, suite=suite, say=said.append)
     assert len(asked) == 93
-    assert said == [f"{kept} was of another model or suite; it is kept as suite.jsonl.1"]
-    assert kept.with_name("suite.jsonl.1").read_bytes() == before
+    assert mine.read_bytes() == before
+    assert len(list(kept.parent.glob("suite.*.jsonl"))) == 2
+    run(subject_of(), tasks_of(asked), journal=kept, say=said.append)
+    assert len(asked) == 93  # of what was answered before, nothing is asked again
+    assert said == []
+
+
+def test_a_journal_whose_first_line_is_another_is_not_believed(kept: Path) -> None:
+    mine = file_of(kept)
+    mine.write_bytes(b"{}\n" + mine.read_bytes().split(b"\n", 1)[1])
+    asked: list[tuple[str, int]] = []
+    said: list[str] = []
+    run(subject_of(), tasks_of(asked), journal=kept, say=said.append)
+    assert len(asked) == 93
+    assert said == [f"{mine}: its first line is damaged; all its items are asked anew"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"journal"'])
-def test_a_journal_that_was_killed_at_its_first_line(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "suite.jsonl"
-    path.write_bytes(content)
+def test_a_journal_that_was_killed_at_its_first_line(kept: Path, content: bytes) -> None:
+    path = kept
+    file_of(kept).write_bytes(content)
     said: list[str] = []
     run(subject_of(), tasks_of(), journal=path, say=said.append)
     assert said == []
@@ -268,7 +294,7 @@ def test_a_journal_that_was_killed_at_its_first_line(tmp_path: Path, content: by
 
 
 def test_two_processes_do_not_write_one_journal(kept: Path) -> None:
-    with kept.with_name(f".{kept.name}.lock").open("ab") as other:
+    with file_of(kept).with_name(f".{file_of(kept).name}.lock").open("ab") as other:
         assert try_lock(other)
         with pytest.raises(UserError, match="another process is evaluating"):
             run(subject_of(), tasks_of(), journal=kept)
@@ -287,7 +313,7 @@ def refused(path: str, out: str) -> int:
 
 
 def test_what_stops_the_lead_stops_all(kept: Path, tmp_path: Path) -> None:
-    with kept.with_name(f".{kept.name}.lock").open("ab") as other:
+    with file_of(kept).with_name(f".{file_of(kept).name}.lock").open("ab") as other:
         assert try_lock(other)
         both = start(2, refused, str(kept), str(tmp_path / "why"), folder=tmp_path / "logs")
         assert both.codes() == [2, 2]

@@ -201,3 +201,16 @@ def test_another_tokenizer_is_held_to_the_same_bytes(shards: Path) -> None:
 def test_a_text_that_a_tokenizer_lacks_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match="is not among the tokenizer's"):
         text_loss.text_loss(subject_of(CharTokenizer("abc", end_of_text=True)), shards)
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_is_refused(shards: Path) -> None:
+    class Nothing(Others):
+        start = None
+        ends = frozenset[int]()
+
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            return [[] for _ in texts]
+
+    mine = dataclasses.replace(subject_of(ByteTokenizer()), text=Nothing())
+    with pytest.raises(UserError, match="no token to predict"):
+        text_loss.text_loss(mine, shards)

@@ -18,7 +18,7 @@ from tuppence.config import ModelPlan
 from tuppence.evals import score, subject
 from tuppence.evals.items import Answer, Ask
 from tuppence.evals.subject import Subject
-from tuppence.model import Family, build
+from tuppence.model import Family, build, layers
 from tuppence.model.branches import Branches
 from tuppence.ranks import join
 from tuppence.tokenizer.kinds import CharTokenizer
@@ -168,6 +168,37 @@ def test_a_deadline_leaves_the_rest_out() -> None:
     assert found_by(who, questions(), deadline=time.monotonic() - 1) == {}
     some = iter(score.answers(who, questions(), batch=1, deadline=math.inf))
     assert next(some)[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_weights_give_no_answers(value: float) -> None:
+    who = subject_of(plan_of("gpt2"))
+    who.workers.model.get_parameter("ln_f.weight").data.fill_(value)
+    with pytest.raises(score.NotFinite, match=r"loss of an answer is .*the weights are broken"):
+        found_by(who, questions())
+    assert who.workers.model.training
+
+
+def goes_on(who: Subject) -> tuple[int, list[Ask]]:
+    """What the model itself goes on with."""
+    ids = [3, 4]
+    with torch.no_grad():
+        for _ in range(5):
+            ids.append(int(who.workers.model.eval()(torch.tensor([ids]))[0, -1].argmax()))
+    return 99, [Ask(ids, 5)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_how_many_logits_are_read_at_once_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = subject_of(plan_of(name))
+    likely = goes_on(who)
+    whole = found_by(who, [*questions(), likely])
+    for module, rows in ((score, 2), (layers, 16)):
+        monkeypatch.setattr(module, "HEAD_CHUNK", {False: rows * 50})
+    assert found_by(who, [*questions(), likely]) == whole
+    assert whole[99][0].greedy
 
 
 def test_modes_are_put_back() -> None:

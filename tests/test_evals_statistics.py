@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from tuppence.evals.against import _error
 from tuppence.evals.statistics import Count, bootstrap, centred
 
 
@@ -49,5 +50,51 @@ def test_bootstrap_is_items_drawn_anew_within_each_task() -> None:
     assert spread.error == pytest.approx(np.std(draws), rel=0.06)
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_bootstrap_of_an_item_a_task_is_not_certain(right: int) -> None:
+    """All wrong or all right: of each task sqrt(1/4 x 3/4), about the score."""
+    counts = [Count(right, 1, 0.25)] * 22
+    score, spread = centred(float(right), 0.25), bootstrap(counts)
+    assert spread.error == pytest.approx(math.sqrt(3 / 16 / 22) / 0.75, rel=0.02)
+    assert spread.low < score - spread.error
+    assert spread.high > score + spread.error
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_bootstrap_is_what_asking_others_would_show(n: int) -> None:
+    """22 tasks of a few items each, asked again and again of a model that is right in 0.35."""
+    right = np.random.default_rng(2).binomial(n, 0.35, size=(40, 22))
+    errors = [bootstrap([Count(int(r), n, 0.25) for r in row]).error for row in right]
+    assert np.mean(errors) == pytest.approx(math.sqrt(0.35 * 0.65 / n / 22) / 0.75, rel=0.1)
+
+
+def test_bootstrap_of_many_items_is_items_drawn_anew() -> None:
+    rng = np.random.default_rng(1)
+    counts = [Count(3_000, 10_000, 0.25), Count(600, 1_000, 0.5)]
+    draws = sum(centred(rng.binomial(c.n, c.accuracy, 20_000) / c.n, c.baseline) for c in counts)
+    spread = bootstrap(counts)
+    assert spread.error == pytest.approx(np.std(draws / 2), rel=0.02)
+    expected = np.percentile(draws / 2, [2.5, 97.5])
+    assert [spread.low, spread.high] == pytest.approx(expected, abs=0.001)
+
+
 def test_bootstrap_is_the_same_each_time() -> None:
     assert bootstrap(COUNTS) == bootstrap(COUNTS)
+
+
+# ---------------------------------------------------------------- of pairs
+
+
+def test_no_items_apart_are_no_certainty() -> None:
+    """Half an item more of each kind, as Agresti and Min have it."""
+    assert _error({"a": [0] * 16}, None) == pytest.approx(1 / 18)
+    assert _error({"a": [1] * 16}, None) == pytest.approx(
+        math.sqrt(17 / 18 - (16 / 18) ** 2) / 18**0.5
+    )
+    assert _error({"a": [0] * 8, "b": [0] * 8}, {"a": 0.5, "b": 0.5}) < _error({"a": [0] * 8}, None)
+
+
+def test_error_of_many_pairs_is_mcnemars() -> None:
+    pairs = [1] * 700 + [-1] * 600 + [0] * 8_700
+    expected = math.sqrt((1_300 - 100**2 / 10_000) / 10_000**2)
+    assert _error({"a": pairs}, None) == pytest.approx(expected, rel=1e-3)

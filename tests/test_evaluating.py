@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -18,15 +19,17 @@ from gloo import start
 from small_runs import finished
 from small_suites import small_bundle, small_hellaswag
 
-from tuppence import cli, host
+from tuppence import asking, cli, host
 from tuppence.config import DataPlan
 from tuppence.data.prepare import Options, prepare
 from tuppence.data.shards import load_manifest
-from tuppence.evals import bundle, harness, journal, score
+from tuppence.evals import bundle, harness, journal, samples, score
+from tuppence.evals.told import line as told_in_a_line
 from tuppence.folder import RunFolder
 from tuppence.hub.export import export
 from tuppence.plan.hardware import Calibration
 
+given_core = bundle.core_bundle
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 STEP = "step_00000003"
 Say = Callable[..., Any]
@@ -104,6 +107,12 @@ def made_up() -> None:
     bundle.hellaswag_rows = lambda given, *, say: small_hellaswag(40)  # type: ignore[assignment]
 
 
+def items_of(folder: Path, name: str = "core") -> list[dict[str, Any]]:
+    """What the one journal of a suite holds."""
+    (path,) = folder.glob(f"{name}.????????.jsonl")
+    return list(journal.rows_of(path))
+
+
 @pytest.fixture
 def eval_(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -123,7 +132,7 @@ def eval_(
 
 def scores(document: dict[str, Any]) -> dict[str, Any]:
     """What a result says but for when and where it was made."""
-    apart = ("seconds", "asked", "run", "model", "checkpoint", "step", "weights_sha256")
+    apart = ("seconds", "asked", "run", "model", "checkpoint", "step", "weights_sha256", "journal")
     return {key: value for key, value in document.items() if key not in apart}
 
 
@@ -146,10 +155,13 @@ def test_all_suites_of_a_run_are_kept(eval_: Callable[..., Answer], here: Path) 
 
     again = eval_("one", "--tasks", "core,hellaswag", "--json").document["results"]
     assert again["core"] == core  # nothing was asked: what it took is what it took before
-    assert len((kept / "core.jsonl").read_text().splitlines()) == 265
+    assert len(items_of(kept)) == 264
+    assert (kept / core["journal"]).exists()
 
 
-def test_bits_per_byte_alone_is_what_training_says(eval_: Callable[..., Answer]) -> None:
+def test_bits_per_byte_alone_is_what_training_says(
+    eval_: Callable[..., Answer], here: Path
+) -> None:
     told = eval_("one").out.strip()
     assert told.startswith(f"{STEP}: val loss ")
     assert told.endswith("bits per byte (999 tokens)")
@@ -157,11 +169,27 @@ def test_bits_per_byte_alone_is_what_training_says(eval_: Callable[..., Answer])
     assert f"val loss {document['loss']:.4f} nats" in told
     keys = "run checkpoint split loss bpb tokens of_tokens seconds metric_version val_sha256"
     assert {*keys.split()} <= document.keys()
-    on_text = eval_("one", "--val", "two", "--out", "aside", "--json").document
+    on_text = eval_("one", "--val", "two", "--json").document
     assert on_text["loss"] == pytest.approx(document["loss"], rel=1e-6)
+    kept = here / "runs/one/evaluations" / STEP
+    assert json.loads((kept / "bpb.json").read_text()) == document["results"]["bpb"]
+    text = json.loads((kept / f"bpb_{on_text['val_sha256'][:8]}.json").read_text())
+    assert text == on_text["results"]["bpb"]
+    assert text["val"] == "two"
+    assert told_in_a_line(text).endswith("bits/byte on two's val split (999 tokens)")
+    assert "bits per byte on two's val split (999 tokens)" in eval_("one", "--val", "two").out
     assert eval_("one", "--batch", "1", "--json").document["loss"] == pytest.approx(
         document["loss"], rel=1e-6
     )
+
+
+def test_prompts_that_are_left_out_are_told(
+    eval_: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = samples.Samples([], ["1 + 1 ="])
+    monkeypatch.setattr(samples, "samples", lambda subject, own: found)
+    answer = eval_("one", "--tasks", "sample")
+    assert "sample: '1 + 1 =' is left out" in answer.err
 
 
 def test_people_read_tables(eval_: Callable[..., Answer]) -> None:
@@ -178,15 +206,15 @@ def test_another_kind_of_result_is_kept_beside(eval_: Callable[..., Answer], her
     kept = here / "runs" / "one" / "evaluations" / STEP
     first = eval_("one", "--tasks", "core,hellaswag", "--json").document["results"]
     capped = eval_("one", "--tasks", "core,hellaswag", "--max-per-task", "5", "--json")
-    assert "kept as core.jsonl.1" in capped.err
     assert capped.document["results"]["core"]["n"] == 110
     assert capped.document["results"]["hellaswag"]["asked"] == 0  # its items are the same
     for name in ("core", "hellaswag"):
         assert json.loads((kept / f"{name}.json.1").read_text()) == first[name]
-    assert not (kept / "hellaswag.jsonl.1").exists()
+    assert len(items_of(kept, "hellaswag")) == 40
     eval_("one", "--tasks", "core", "--max-per-task", "5", "--precision", "bf16")
     assert json.loads((kept / "core.json").read_text())["precision"] == "bf16"
     assert (kept / "core.json.2").exists()
+    assert eval_("one", "--tasks", "core", "--json").document["results"]["core"]["asked"] == 0
 
 
 def test_the_fields_own_items(
@@ -207,6 +235,17 @@ def test_the_fields_own_items(
         assert scores(bundled["results"][name]) == scores(told[name])
 
 
+def test_a_disk_that_is_full(eval_: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "core.jsonl")
+
+    monkeypatch.setattr(journal.Journal, "add", full)
+    answer = eval_("one", "--tasks", "core")
+    assert answer.code == 1
+    assert answer.line.startswith("cannot write core.jsonl: No space left on device; make room")
+    assert answer.line.endswith("the same command goes on where it was")
+
+
 # ---------------------------------------------------------------- of others
 
 
@@ -216,7 +255,9 @@ def test_a_model_of_transformers_scores_as_the_run_that_it_was(
     mine = eval_("one", "--tasks", "all", "--json").document["results"]
     words = ["--hf", "model", "--val", "one", "--tasks", "all", "--json"]
     other = eval_(*words).document["results"]
-    assert json.loads((here / "evaluations/model/core.json").read_text()) == other["core"]
+    (kept,) = here.glob("evaluations/*")
+    assert kept.name == f"model-{other['core']['weights_sha256'][:8]}"
+    assert json.loads((kept / "core.json").read_text()) == other["core"]
     for name in ("core", "hellaswag", "sample"):
         assert scores(other[name]) | {"own_prompt": None} == scores(mine[name]) | {
             "own_prompt": None
@@ -226,19 +267,22 @@ def test_a_model_of_transformers_scores_as_the_run_that_it_was(
     told = eval_(*words[:-1], "--against", "one").out
     assert "(the same text, all of it, n=999)" in told
     assert "score" in told
-    assert "+0.0000 +- 0.0000 (paired, 0 items apart, n=264)" in told
+    assert "+0.0000 +- " in told
+    assert "(paired, 0 items apart, n=264)" in told
 
 
 def test_tasks_of_the_harness_are_handed_on(
     eval_: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:
     asked: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    versions = ["0.4.9"]
 
     def run(subject: Any, names: Any, **words: Any) -> dict[str, Any]:
         asked.append((tuple(names), words))
-        metrics = {"acc": {"value": 0.5, "error": 0.1}}
+        metrics = {"acc": {"value": 2 / 3, "error": 0.1}}
         rows = [{"task": name, "n": 3, "metrics": metrics} for name in names]
-        return {"metric": "lm_eval", "version": 1, "limit": words["limit"], "tasks": rows}
+        told = {"metric": "lm_eval", "version": 1, "limit": words["limit"], "tasks": rows}
+        return told | {"harness": versions[-1]}
 
     monkeypatch.setattr(harness, "run", run)
     tasks = ["--tasks", "lm_eval:piqa,bpb,lm_eval:arc_easy"]
@@ -246,10 +290,17 @@ def test_tasks_of_the_harness_are_handed_on(
     (names, words) = asked[0]
     assert names == ("piqa", "arc_easy")
     assert (words["include"], words["limit"]) == ("mine", 3)
-    assert "acc 0.5 +- 0.1000" in out
+    assert "acc 0.6667 +- 0.1000" in out
+
+    def kept() -> list[str]:
+        found = json.loads((here / f"runs/one/evaluations/{STEP}/lm_eval.json").read_text())
+        return [row["task"] for row in found["tasks"]]
+
     eval_("one", "--tasks", "lm_eval:boolq,lm_eval:piqa", "--limit", "3")
-    kept = json.loads((here / f"runs/one/evaluations/{STEP}/lm_eval.json").read_text())
-    assert [row["task"] for row in kept["tasks"]] == ["arc_easy", "boolq", "piqa"]
+    assert kept() == ["arc_easy", "boolq", "piqa"]
+    versions.append("0.4.10")
+    eval_("one", "--tasks", "lm_eval:boolq", "--limit", "3")
+    assert kept() == ["boolq"]  # those of another version of the harness are beside
 
 
 # ---------------------------------------------------------------- against
@@ -286,6 +337,57 @@ def test_what_may_not_be_compared_is_refused(eval_: Callable[..., Answer], here:
     refused = eval_("two", "--against", str(file), "--json")
     assert refused.code == 2
     assert "their tokenizers differ" in refused.line
+    assert refused.line.endswith("; tuppence eval one --val two first")
+    assert eval_("one", "--val", "two").code == 0
+    assert eval_("two", "--against", "one").code == 0  # which finds what was asked for
+    refused = eval_("--hf", "model", "--val", "two", "--against", str(file), "--json")
+    assert refused.line.endswith("; tuppence eval one --val two first")
+
+
+def test_a_run_against_itself_measured_otherwise(eval_: Callable[..., Answer]) -> None:
+    """The other is the result that was there before, though mine takes its place."""
+    eval_("two", "--tasks", "core")
+    eval_("one", "--tasks", "core", "--out", "here")
+    told = eval_("two", "--tasks", "core", "--out", "here", "--against", "here", "--json").document
+    (found,) = told["against"]["core"]["differences"]
+    assert found["how"] != "paired, 0 items apart"
+    assert found["how"].startswith("paired")
+    assert found["difference"] != 0
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "says"),
+    [
+        (["two", "--tasks", "core", "--max-per-task", "5"], [], "of --max-per-task one has none"),
+        (["two", "--tasks", "bpb,hellaswag"], ["--against", "kept"], "kept: it has no core.json"),
+        (["two", "--tasks", "core"], ["--core-data", "gone"], "gone: no such"),
+        (["two", "--tasks", "core"], ["--out", "model/config.json"], "model/config.json (Fi"),
+        (["two", "--tasks", "core"], ["--out", "/proc/x"], "name a folder with --out"),
+        (["two", "--tasks", "core"], ["--out", "foreign"], "not a result of tuppence eval"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_asked(
+    before: list[str],
+    words: list[str],
+    says: str,
+    eval_: Callable[..., Answer],
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert eval_(*before, "--out", "kept").code == 0
+    (here / "foreign").mkdir()
+    (here / "foreign" / "core.json").write_text("[]")
+    if "gone" in words:
+        monkeypatch.setattr(bundle, "core_bundle", given_core)
+
+    def never(*given: Any, **also: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(score, "_score", never)
+    monkeypatch.setattr(asking, "_own_bpb", never)
+    refused = eval_("one", "--tasks", "bpb,core", *(words or ["--against", "kept/core.json"]))
+    assert refused.code == 2
+    assert says in refused.line
 
 
 # ---------------------------------------------------------------- wrong words
@@ -312,10 +414,16 @@ def test_what_may_not_be_compared_is_refused(eval_: Callable[..., Answer], here:
         (["one", "--recurrence", "3"], "only a looped model"),
         (["one", "--tasks", "sample", "--against", "two"], "compares bpb, core, hellaswag"),
         (["one", "--against", "nowhere"], "no run 'nowhere'"),
+        (["one", "--against", "lm_eval.json"], "is of lm_eval; what is compared is bpb, core, he"),
+        (["one", "--core-data", "x"], "--core-data is for core, which --tasks does not name"),
+        (["one", "--hellaswag-data", "x", "--tasks", "core"], "--hellaswag-data is for hellaswag"),
+        (["one", "--lm-eval-include", "x"], "--lm-eval-include is for lm_eval:TASK"),
+        (["one", "--val", "two", "--tasks", "core"], "--val is for bpb"),
         (["one", "--against", "model/config.json"], "not a result of tuppence eval"),
     ],
 )
-def test_wrong_words(eval_: Callable[..., Answer], words: list[str], says: str) -> None:
+def test_wrong_words(eval_: Callable[..., Answer], words: list[str], says: str, here: Path) -> None:
+    (here / "lm_eval.json").write_text('{"metric": "lm_eval"}')
     answer = eval_(*words, "--json")
     assert answer.code == 2
     assert says in answer.line
@@ -359,7 +467,7 @@ def test_two_ranks_killed_and_gone_on_with(
         2, asked_in_a_process, words, 4, signal.SIGKILL, folder=tmp_path / "first", cwd=here
     )
     assert -signal.SIGKILL in killed.codes()
-    before = len(list(journal.rows_of(here / "both/core.jsonl")))
+    before = len(items_of(here / "both"))
     assert 0 < before < 264
     again = start(2, asked_in_a_process, words, None, 0, folder=tmp_path / "second", cwd=here)
     assert again.codes() == [0, 0], again.said(0) + again.said(1)
@@ -371,7 +479,7 @@ def test_two_ranks_killed_and_gone_on_with(
         else:
             assert scores(both) == scores(result)
     rows = [
-        {(row["task"], row["item"]): row for row in journal.rows_of(here / place / "core.jsonl")}
+        {(row["task"], row["item"]): row for row in items_of(here / place)}
         for place in ("alone", "both")
     ]
     assert rows[0].keys() == rows[1].keys()
@@ -391,5 +499,5 @@ def test_ctrl_c_leaves_what_was_answered(here: Path, tmp_path: Path) -> None:
     ]
     assert "Traceback" not in stopped.said(0)
     kept = here / "runs/one/evaluations" / STEP
-    assert 0 < len(list(journal.rows_of(kept / "core.jsonl"))) < 264
+    assert 0 < len(items_of(kept)) < 264
     assert not (kept / "core.json").exists()

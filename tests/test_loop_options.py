@@ -70,6 +70,30 @@ def test_iterations_change_what_is_said_and_agreement_stops_them(
         assert agreed[:2] == twice[:2]  # any two outputs agree: two iterations for a new token
 
 
+def test_the_usual_iterations_are_no_other_result(
+    runs: dict[str, RunFolder], tuppence: Command
+) -> None:
+    for count, loop in (([], None), (["3"], None), (["2"], {"recurrence": 2})):
+        asked = ["--recurrence", *count] if count else []
+        words = [str(runs["looped"].path), "--tasks", "sample", *asked]
+        _, document, _ = tuppence("eval", *words)
+        assert document["results"]["sample"].get("loop") == loop
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--tasks", "core"], ["--tasks", "bpb,hellaswag"], ["--tasks", "lm_eval:x"], ["--val", "x"]],
+)
+def test_suites_do_not_stop_all_tokens_at_once(
+    words: list[str], runs: dict[str, RunFolder], tuppence: Command
+) -> None:
+    """What stops would depend on what else is in the pass."""
+    how = ["--exit-kl", "1", "--exit-whole"]
+    code, _, err = tuppence("eval", str(runs["looped"].path), *how, *words)
+    assert code == 2
+    assert "what shares a pass" in err
+
+
 @pytest.mark.parametrize(
     ("family", "words", "says"),
     [

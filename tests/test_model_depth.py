@@ -193,3 +193,17 @@ def test_it_is_as_long_as_it_was_planned() -> None:
     model = built(PLAN)
     with pytest.raises(AssertionError, match="17 positions"):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_logits_are_capped_alike_without_gradients(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place and in parts, the last of which is not full."""
+    monkeypatch.setattr(layers, "HEAD_CHUNK", {False: 64})
+    logits = 20 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(kind)
+    expected = softcapped(logits)
+    with torch.no_grad():
+        assert torch.equal(softcapped(logits.clone()), expected)
+    assert expected.dtype == torch.float32
+    assert 10 < expected.abs().max() < 15

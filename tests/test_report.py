@@ -212,7 +212,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path, plan: Plan) -> None:
     nothing = {"val_loss": None, "val_bpb": None, "peak_memory_gib": None}
     assert {key: told["actual"][key] for key in nothing} == nothing
     assert told["best"] == {"step": None, "val_loss": None}
-    assert "no sample was taken" in folder.file("receipt.html").read_text()
+    assert "No sample was taken" in folder.file("receipt.html").read_text()
 
 
 # ---------------------------------------------------------------- for reading
@@ -244,6 +244,7 @@ def test_the_page_shows_what_others_wrote_and_loads_nothing(folder: RunFolder) -
 
 HELLASWAG = {"metric": "hellaswag", "version": 1, "n": 40, "sha256": "e" * 64, "of_items": 50}
 HELLASWAG |= {"acc": 0.25, "error": 0.0675, "acc_norm": 0.275, "error_norm": 0.07, "seconds": 2.0}
+HELLASWAG |= {"precision": "bf16"}
 
 
 def test_scores_stand_beside_the_loss(folder: RunFolder) -> None:
@@ -253,12 +254,16 @@ def test_scores_stand_beside_the_loss(folder: RunFolder) -> None:
     assert told["actual"]["val_loss"] == 2.5  # the row again: it replaces the first
     assert [p["acc_norm"] for p in told["scores"]["hellaswag"]] == [0.2, 0.3]
     assert told["tasks"]["hellaswag"]["step"] == 6
+    assert "bf16, step 6" in report.as_text(told)
     for name in ("receipt.md", "receipt.html"):
         page = folder.file(name).read_text(encoding="utf-8")
         assert "acc 25.00% ± 6.75%" in page
         assert "acc_norm 30.00% ± 7.00%" in page
         assert "40 of 50 items" in page
         assert "28.59%" in page  # GPT-2's
+        assert "bf16, step 6" in page
+        asked = "Asked during the run, in bf16, of step 6; tuppence eval asks the best checkpoint"
+        assert f"{asked} (step 4) in fp32." in page
     assert folder.file("receipt.html").read_text().count("<svg") == 2
 
 
@@ -280,6 +285,56 @@ def test_what_was_evaluated_later_is_told_with_its_checkpoint(folder: RunFolder)
         assert "step_00000004: piqa acc 0.5000 ± 0.1000" in form
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ["[]", "{}", "7", "\xff", '{"metric": "core"}', '{"metric": "lm_eval", "tasks": 3}', "{"],
+)
+def test_a_file_that_is_no_result_is_left_out_and_told(folder: RunFolder, damaged: str) -> None:
+    place = folder.file("evaluations") / "best"
+    place.mkdir(parents=True)
+    (place / "core.json").write_bytes(damaged.encode("latin-1"))
+    (place / "hellaswag.json").write_text(json.dumps(HELLASWAG))
+    told = report.write(folder)
+    assert [each["metric"] for each in told["later"]] == ["hellaswag"]
+    for name in ("receipt.md", "receipt.html"):
+        page = folder.file(name).read_text(encoding="utf-8")
+        assert "evaluations/best/core.json is no result of tuppence eval" in page
+
+
+def test_tables_keep_their_lines(folder: RunFolder) -> None:
+    for row in folder.latest("evals"):
+        folder.append("evals", {**row, "hellaswag": HELLASWAG})
+    report.write(folder)
+    page = folder.file("receipt.html").read_text(encoding="utf-8")
+    assert '<pre class="table">HellaSwag' in page
+    (rule,) = re.findall(r"^pre\.table \{(.*)\}$", page, re.MULTILINE)
+    assert "white-space: pre;" in rule
+    assert "overflow-x: auto;" in rule
+
+
+def test_why_there_is_no_sample(folder: RunFolder, plan: Plan) -> None:
+    cadence = dataclasses.replace(plan.cadence, sample_tokens=0, fixed_tokens=0)
+    for folder_plan, own, fixed in (
+        (plan, None, "not continued: the run has not come to it, or its time was up."),
+        (
+            dataclasses.replace(plan, cadence=cadence),
+            "No sample was taken: train.sample_tokens=0, or one token each would take more than "
+            "2% of the run.",
+            "one token each would take more than 1% of the run.",
+        ),
+    ):
+        folder.write_json("plan.json", dataclasses.asdict(folder_plan))
+        if own:
+            folder.file("samples.jsonl").unlink()
+        told = report.write(folder)
+        assert told["silent"][-1].endswith(fixed)
+        assert len(told["silent"]) == (2 if own else 1)
+        for name in ("receipt.md", "receipt.html"):
+            page = folder.file(name).read_text(encoding="utf-8")
+            assert fixed in page
+            assert (own or "not continued") in page
+
+
 def test_fixed_prompts_are_told_beside_the_runs_own(folder: RunFolder) -> None:
     row = {"step": 6, "attempt": 2, "fixed": True, "prompt": "<b>", "seed": 1, "new_tokens": 2}
     for temperature in (0.0, 0.8):
@@ -293,7 +348,7 @@ def test_fixed_prompts_are_told_beside_the_runs_own(folder: RunFolder) -> None:
     assert 'prompt    "<b> at 0.0"' in report.as_text(built(folder))
     report.write(folder)
     page = folder.file("receipt.html").read_text(encoding="utf-8")
-    assert "&lt;b&gt; anew" in page
+    assert "<pre><strong>&lt;b&gt;</strong> anew</pre>" in page  # the prompt apart
     assert "<b>" not in page
     folder.append("samples", earlier)  # of a rewind: what came after it never happened
     assert [s["text"] for s in built(folder)["samples"]][-1] == "early"

@@ -1,12 +1,13 @@
-"""The suites that the verb eval asks, each of which gives a document."""
+"""The suites that the verb eval asks, each of which is made ready and then gives a document."""
 
 import dataclasses
+import functools
 import math
 import string
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +62,58 @@ class Scene:
         return told
 
 
-def _bpb(scene: Scene) -> Document:
+@dataclass(frozen=True)
+class Ready:
+    """A suite of which nothing is missing: `ask` takes the time.
+
+    `known` is what its result is going to say, as far as it may not differ from another's; `file`
+    is how its result is named.
+    """
+
+    file: str
+    ask: Callable[[], Document]
+    known: Document = field(default_factory=dict)
+
+
+def _bpb(scene: Scene) -> Ready:
+    """A run's own text in its own windows; the text of `--val` is kept under its own name."""
     from tuppence.evals import identity
+
+    who, val = scene.who, scene.args.val
+    if val:
+        data, subject = val_of(scene.args), scene.subject
+        fields = identity.fields(data, sequence_len=subject.context)
+        fields |= {"tokenizer_sha256": subject.identity["tokenizer_sha256"], "val": val}
+    else:
+        assert who.plan is not None, "only a run has a val split of its own"
+        data = _shards_of(who.folder)
+        fields = identity.fields(data, sequence_len=who.plan.model.sequence_len)
+    known = {k: fields[k] for k in ("metric_version", "tokenizer_sha256", "val_sha256")}
+    ask = functools.partial(_text_bpb if val else _own_bpb, scene, data, fields)
+    return Ready(bpb_file(fields["val_sha256"]) if val else "bpb", ask, known)
+
+
+def bpb_file(val_sha256: str) -> str:
+    """The name of a result on a text that is not the model's own."""
+    return f"bpb_{val_sha256[:8]}"
+
+
+def _text_bpb(scene: Scene, data: Path, fields: Document) -> Document:
+    """Of any model on any text, which it reads with its own tokenizer."""
     from tuppence.evals.text_loss import text_loss
 
-    if not scene.args.val:
-        return _own_bpb(scene)
-    data, subject = val_of(scene.args), scene.subject
-    told = scene.progress("bpb")
+    subject, told = scene.subject, scene.progress("bpb")
     found = text_loss(subject, data, batch=scene.args.batch, told=told, ranks=scene.who.ranks)
-    fields = identity.fields(data, sequence_len=subject.context)
-    fields |= {"tokenizer_sha256": subject.identity["tokenizer_sha256"]}
-    fields |= {"val_tokens": found.of_tokens}
-    return _loss_document(found, fields, subject)
+    return _loss_document(found, fields | {"val_tokens": found.of_tokens}, subject)
 
 
-def _own_bpb(scene: Scene) -> Document:
+def _own_bpb(scene: Scene, data: Path, fields: Document) -> Document:
     """Of a run on its own val split, window by window as in training."""
     from tuppence.data.loader import val_windows
-    from tuppence.evals import identity
     from tuppence.evals.loss import val_loss
 
-    plan, folder = scene.who.plan, scene.who.folder
+    plan = scene.who.plan
     assert plan is not None
-    assert folder is not None
-    data = _shards_of(folder)
     windows = val_windows(data, sequence_len=plan.model.sequence_len)
     size, told = scene.args.batch or plan.cadence.eval_batch, scene.progress("bpb")
     subject = scene.who.subject(scene.args.precision or plan.machine.precision)
@@ -106,7 +134,6 @@ def _own_bpb(scene: Scene) -> Document:
         ranks=scene.who.ranks,
     )
     assert found is not None, "without a deadline every batch is scored"
-    fields = identity.fields(data, sequence_len=plan.model.sequence_len)
     return _loss_document(found, fields, subject)
 
 
@@ -128,7 +155,8 @@ def val_of(args: Namespace) -> Path:
         raise UserError(f"--val {args.val}: neither prepared shards nor a run ({error})") from None
 
 
-def _shards_of(folder: RunFolder) -> Path:
+def _shards_of(folder: RunFolder | None) -> Path:
+    assert folder is not None, "only a run has a val split of its own"
     recorded = folder.read_json("env.json")
     data = Path(recorded["data_folder"]) if recorded else Path("?")
     if not (data / "manifest.json").exists():
@@ -136,7 +164,7 @@ def _shards_of(folder: RunFolder) -> Path:
     return data
 
 
-def _core(scene: Scene) -> Document:
+def _core(scene: Scene) -> Ready:
     from tuppence.evals import bundle, core
 
     args, subject, ranks = scene.args, scene.subject, scene.who.ranks
@@ -146,11 +174,16 @@ def _core(scene: Scene) -> Document:
     )
     most = args.max_per_task
     tasks = core.tasks(found, subject.text, context=subject.context, max_per_task=most)
-    judged, told = _run(scene, "core", tasks, core.suite(found, max_per_task=most))
-    return core.summary(found, judged, max_per_task=most) | told
+    suite = core.suite(found, max_per_task=most)
+
+    def ask() -> Document:
+        judged, told = _run(scene, "core", tasks, suite)
+        return core.summary(found, judged, max_per_task=most) | told
+
+    return Ready("core", ask, suite)
 
 
-def _hellaswag(scene: Scene) -> Document:
+def _hellaswag(scene: Scene) -> Ready:
     from tuppence.evals import bundle, hellaswag
 
     args, subject = scene.args, scene.subject
@@ -161,8 +194,13 @@ def _hellaswag(scene: Scene) -> Document:
         lambda: bundle.hellaswag_rows(args.hellaswag_data, say=scene.live.say),
     )
     tasks = hellaswag.tasks(rows, subject.text, max_items=args.max_per_task)
-    judged, told = _run(scene, "hellaswag", tasks, hellaswag.suite(rows))
-    return hellaswag.summary(judged, sha256=rows.sha256) | told
+    suite = hellaswag.suite(rows)
+
+    def ask() -> Document:
+        judged, told = _run(scene, "hellaswag", tasks, suite)
+        return hellaswag.summary(judged, sha256=rows.sha256) | told
+
+    return Ready("hellaswag", ask, suite | {"n": sum(task.count for task in tasks)})
 
 
 def _check_text(subject: Any, name: str) -> None:
@@ -178,8 +216,9 @@ def _check_text(subject: Any, name: str) -> None:
 
 def _run(scene: Scene, name: str, tasks: Any, suite: Document) -> tuple[Any, Document]:
     """Every item asked that no journal has; what a result says besides its score."""
-    from tuppence.evals.running import run
+    from tuppence.evals.running import journal_of, run
 
+    path, say = scene.out / f"{name}.jsonl", scene.live.say
     subject, started = scene.subject, time.monotonic()
     counts: list[int] = []
     show = scene.progress(name)
@@ -191,18 +230,23 @@ def _run(scene: Scene, name: str, tasks: Any, suite: Document) -> tuple[Any, Doc
     judged = run(
         subject,
         tasks,
-        journal=scene.out / f"{name}.jsonl",
+        journal=path,
         suite=suite,
         batch=scene.args.batch,
         ranks=scene.who.ranks,
         told=told,
-        say=scene.live.say,
+        say=say,
     )
     now = {"asked": counts[-1] - counts[0], "seconds": time.monotonic() - started}
-    return judged, _identity(subject) | now
+    kept = {"journal": journal_of(path, subject, suite, say).path.name}
+    return judged, _identity(subject) | kept | now
 
 
-def _sample(scene: Scene) -> Document:
+def _sample(scene: Scene) -> Ready:
+    return Ready("samples", functools.partial(_samples, scene))
+
+
+def _samples(scene: Scene) -> Document:
     """The lead alone: they are few."""
     from tuppence.evals import samples
     from tuppence.evals.running import led
@@ -214,12 +258,18 @@ def _sample(scene: Scene) -> Document:
         found = samples.samples(scene.subject, own=own)
         return {"rows": found.rows, "left_out": found.left_out}
 
-    told = {"metric": "samples", "version": samples.VERSION, "own_prompt": own}
+    told: Document = {"metric": "samples", "version": samples.VERSION, "own_prompt": own}
     told |= led(scene.who.ranks, "samples", said)
+    for prompt in told["left_out"]:
+        scene.live.say(f"sample: {prompt!r} is left out, which this tokenizer cannot encode")
     return told | _identity(scene.subject) | {"seconds": time.monotonic() - started}
 
 
-def _lm_eval(scene: Scene) -> Document:
+def _lm_eval(scene: Scene) -> Ready:
+    return Ready("lm_eval", functools.partial(_harness, scene))
+
+
+def _harness(scene: Scene) -> Document:
     from tuppence.evals import harness
 
     args, started = scene.args, time.monotonic()
@@ -236,11 +286,12 @@ def _lm_eval(scene: Scene) -> Document:
 
 
 def _identity(subject: Any) -> Document:
-    keys = ("weights_sha256", "tokenizer_sha256", "precision", "context", "loop")
-    return {key: subject.identity[key] for key in keys if key in subject.identity}
+    from tuppence.evals.identity import WHO
+
+    return {key: subject.identity[key] for key in WHO if key in subject.identity}
 
 
-SUITES: dict[str, Callable[[Scene], Document]] = {
+SUITES: dict[str, Callable[[Scene], Ready]] = {
     "bpb": _bpb,
     "core": _core,
     "hellaswag": _hellaswag,

@@ -100,8 +100,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _disk_message(error: OSError) -> str:
     where = f" {error.filename}" if error.filename else ""
     return (
-        f"cannot write{where}: {error.strerror}; make room or give write access, then run the same "
-        f"command to continue from the last checkpoint"
+        f"cannot write{where}: {error.strerror}; make room or give write access, then the same "
+        f"command goes on where it was"
     )
 
 

@@ -1,12 +1,14 @@
 """The verb eval: a checkpoint of a run, or a model of transformers, asked by the field's suites.
 
     bpb         loss and bits per byte on a val split         RUN/evaluations/CHECKPOINT/bpb.json
-    core        CORE's 22 tasks                               core.json       core.jsonl (journal)
-    hellaswag   HellaSwag as llm.c scores it                  hellaswag.json  hellaswag.jsonl
+    core        CORE's 22 tasks                               core.json       core.HASH.jsonl
+    hellaswag   HellaSwag as llm.c scores it                  hellaswag.json  hellaswag.HASH.jsonl
     sample      fixed prompts continued                       samples.json
     lm_eval:T   task T of lm-evaluation-harness               lm_eval.json
 
-What was answered before an interruption is not asked again. Suites are asked in fp32, where equal
+A journal is of all that its answers depend on, which is what HASH is of: what was answered before
+an interruption is not asked again, whatever else was asked in between. All that can be refused is
+refused before anything is asked. Suites are asked in fp32, where equal
 choices are promised whatever the batch and the ranks; a run's loss on its own val split is taken in
 its own precision, as in training.
 """
@@ -18,7 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from tuppence import config, host, subjects
-from tuppence.asking import SUITES, Asked, Document, Scene, val_of
+from tuppence.asking import SUITES, Asked, Document, Ready, Scene, bpb_file, val_of
 from tuppence.errors import UserError
 from tuppence.files import write_whole
 from tuppence.folder import find
@@ -26,12 +28,15 @@ from tuppence.live import Live, duration, printable
 
 TASKS = ("bpb", "core", "hellaswag", "sample")
 HARNESS = "lm_eval:"
-FILES = {"sample": "samples"}  # what is not named as its task
+USED_BY = {  # options, and the suite that alone reads them
+    **{"val": "bpb", "core_data": "core", "hellaswag_data": "hellaswag"},
+    **{"lm_eval_include": "lm_eval"},
+}
 COMPARED = ("bpb", "core", "hellaswag")
 KIND = (  # of other values it is another result, and kept beside the one that is there
     *("metric", "version", "metric_version", "n", "max_per_task", "limit", "own_prompt", "loop"),
     *("weights_sha256", "tokenizer_sha256", "val_sha256", "bundle_sha256", "sha256"),
-    *("precision", "context"),
+    *("precision", "context", "harness"),
 )
 
 
@@ -47,7 +52,7 @@ def evaluate(args: Namespace) -> Document:
     asked = tasks_of(args)
     _check(args, asked)
     host.settle_threads(max(1, host.usable_cores() // host.local_world()))
-    others = _others(args, asked)
+    place = _place(args, asked)
     from tuppence.evals.running import led
 
     results: dict[str, Document] = {}
@@ -55,10 +60,12 @@ def evaluate(args: Namespace) -> Document:
         who = subjects.of_transformers(args) if args.hf else subjects.of_run(args)
         out = Path(args.out) if args.out else who.home / who.name
         scene = Scene(args, asked, who, Live(silent=not who.ranks.lead), out)
-        for name in asked.suites:
-            found = SUITES[name](scene)
+        ready = {name: SUITES[name](scene) for name in asked.suites}
+        others = led(who.ranks, "start", functools.partial(_begun, scene, ready, place))
+        for name, suite in ready.items():
+            found = suite.ask()
             scene.live.clear()
-            keep = functools.partial(_kept, scene, name, found)
+            keep = functools.partial(_kept, scene, name, suite.file, found)
             results[name] = led(who.ranks, f"result {name}", keep)
     except KeyboardInterrupt:
         raise Stopped("interrupted; the same command goes on with what is not answered") from None
@@ -117,6 +124,17 @@ def _check(args: Namespace, asked: Asked) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} {value}: at least 1")
+    if args.exit_whole and (args.val or set(asked.suites) - {"bpb", "sample"}):
+        raise UserError(
+            "--exit-whole: answers would depend on what shares a pass; leave it out, and --exit-kl "
+            "stops each token by itself"
+        )
+    for option, suite in USED_BY.items():
+        if getattr(args, option) is not None and suite not in asked.suites:
+            word = f"{HARNESS}TASK" if suite == "lm_eval" else suite
+            raise UserError(
+                f"--{option.replace('_', '-')} is for {word}, which --tasks does not name"
+            )
     if args.val:
         val_of(args)
     elif args.hf and "bpb" in asked.own:
@@ -130,13 +148,27 @@ def _check(args: Namespace, asked: Asked) -> None:
 # ---------------------------------------------------------------- kept and told
 
 
-def _kept(scene: Scene, name: str, found: Document) -> Document:
+def _begun(scene: Scene, ready: dict[str, Ready], place: Path | None) -> Document:
+    """The results to compare with, by suite. Raises UserError for all that would come too late."""
+    try:
+        scene.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"results cannot go to {scene.out} ({error.strerror}); name a folder with --out"
+        ) from None
+    for suite in ready.values():
+        path = scene.out / f"{suite.file}.json"
+        if path.exists():
+            _read(path)
+    return {} if place is None else _others(scene, ready, place)
+
+
+def _kept(scene: Scene, name: str, file: str, found: Document) -> Document:
     """The result as it is kept and told: one there that differs in kind is set aside."""
     from tuppence.evals.journal import set_aside
 
     document = scene.who.told | found
-    scene.out.mkdir(parents=True, exist_ok=True)
-    path = scene.out / f"{FILES.get(name, name)}.json"
+    path = scene.out / f"{file}.json"
     before = _read(path) if path.exists() else None
     if before is not None and any(before.get(key) != document.get(key) for key in KIND):
         set_aside(path)
@@ -156,7 +188,7 @@ def _kept(scene: Scene, name: str, found: Document) -> Document:
 def _read(path: Path) -> Document:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         found = None
     if not isinstance(found, dict) or "metric" not in found:
         raise UserError(f"{path}: not a result of tuppence eval; move it away")
@@ -168,9 +200,9 @@ def _text(scene: Scene, name: str, found: Document) -> str:
     who = found["checkpoint"]
     if name == "bpb":
         bits = f", {found['bpb']:.4f} bits per byte" if found["bpb"] is not None else ""
-        return (
-            f"{who}: val loss {found['loss']:.4f} nats per token{bits} ({found['tokens']:,} tokens)"
-        )
+        on = f" on {found['val']}'s val split" if "val" in found else ""
+        loss = f"val loss {found['loss']:.4f} nats per token{bits}{on}"
+        return f"{who}: {loss} ({found['tokens']:,} tokens)"
     where = f"{who}, {found['precision']}, {duration(found['seconds'])}: {scene.out}"
     if name == "core":
         from tuppence.evals import core
@@ -191,59 +223,105 @@ def _said(row: Document) -> str:
 
 def _harness_lines(found: Document) -> list[str]:
     return [
-        f"{row['task']:32}{row['n'] or '':>8}  {metric} {value['value']}"
-        + (f" +- {value['error']:.4f}" if value["error"] is not None else "")
+        f"{row['task']:32}{row['n'] or '':>8}  {metric} {_digits(value['value'])}"
+        + (f" +- {_digits(value['error'])}" if value["error"] is not None else "")
         for row in found["tasks"]
         for metric, value in row["metrics"].items()
     ]
 
 
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 # ---------------------------------------------------------------- against another
 
 
-def _others(args: Namespace, asked: Asked) -> dict[str, Path]:
-    """The results that `--against` names, by suite: one file, a folder of them, or a run's."""
+def _place(args: Namespace, asked: Asked) -> Path | None:
+    """Where the results are that `--against` names: one file, a folder of them, or a run's."""
     if args.against is None:
-        return {}
-    place = Path(args.against)
+        return None
+    place, compared = Path(args.against), ", ".join(COMPARED)
     if place.is_file():
         metric = _read(place)["metric"]
-        if metric not in asked.suites:
-            raise UserError(f"--against {args.against} is of {metric}; say --tasks {metric}")
-        return {metric: place}
-    wanted = [name for name in asked.own if name in COMPARED]
-    if not wanted:
-        raise UserError(f"--against compares {', '.join(COMPARED)}; name one with --tasks")
-    folder, run = place, args.against
-    if not any((place / f"{name}.json").exists() for name in wanted):
-        other = find(args.against, Path(args.runs))
-        from tuppence import checkpoint
+        if metric not in COMPARED:
+            raise UserError(f"--against {place} is of {metric}; what is compared is {compared}")
+        if metric not in asked.own:
+            raise UserError(f"--against {place} is of {metric}; say --tasks {metric}")
+        return place
+    if not any(name in COMPARED for name in asked.own):
+        raise UserError(f"--against compares {compared}; name one with --tasks")
+    if any(path.name.startswith(COMPARED) for path in place.glob("*.json")):
+        return place
+    other = find(args.against, Path(args.runs))
+    from tuppence import checkpoint
 
-        which = args.checkpoint if args.checkpoint in ("best", "last") else "best"
-        folder = other.file("evaluations") / checkpoint.choose(other, which).name
-    found = {name: folder / f"{name}.json" for name in wanted}
-    for name, path in found.items():
-        if not path.exists():
-            raise UserError(f"--against {run}: no {path}; tuppence eval {run} --tasks {name}")
-    return found
+    which = args.checkpoint if args.checkpoint in ("best", "last") else "best"
+    return other.file("evaluations") / checkpoint.choose(other, which).name
 
 
-def _compared(scene: Scene, results: dict[str, Document], others: dict[str, Path]) -> Document:
-    return {name: _against(scene, name, results[name], path) for name, path in others.items()}
+def _others(scene: Scene, ready: dict[str, Ready], place: Path) -> Document:
+    """The other's results as they are now, by suite, and where they are.
+
+    Raises UserError for what is missing or of another kind.
+    """
+    if place.is_file():
+        found = {_read(place)["metric"]: place}
+    else:
+        wanted = [name for name in ready if name in COMPARED]
+        found = {name: _other(scene, place, name, ready[name]) for name in wanted}
+    others: Document = {
+        name: {"result": str(path), "document": _read(path)} for name, path in found.items()
+    }
+    for name, other in others.items():
+        _check_alike(scene, name, other["document"] | ready[name].known, other)
+    return others
 
 
-def _against(scene: Scene, name: str, mine: Document, path: Path) -> Document:
+def _other(scene: Scene, folder: Path, name: str, ready: Ready) -> Path:
+    """A result of the folder; of bits per byte the one on the same text, if it has that."""
+    files = [bpb_file(ready.known["val_sha256"])] if name == "bpb" else []
+    paths = [folder / f"{file}.json" for file in (*files, name)]
+    if path := next(filter(Path.exists, paths), None):
+        return path
+    against = scene.args.against
+    if folder == Path(against):
+        raise UserError(f"--against {against}: it has no {name}.json")
+    raise UserError(f"--against {against}: no {paths[-1]}; tuppence eval {against} --tasks {name}")
+
+
+def _check_alike(scene: Scene, name: str, mine: Document, place: Document) -> None:
+    """Raises UserError where the two may not be compared; of other texts with what helps."""
+    from tuppence.evals import against
+
+    other = place["document"]
+    if (why := against.refusal(name, mine, other)) is None:
+        return
+    remedy = ""
+    if name == "bpb" and mine["val_sha256"] != other.get("val_sha256"):
+        who = f"--hf {other['model']}" if "model" in other else _called(scene, other["run"])
+        text = scene.args.val or _called(scene, scene.args.run)
+        remedy = f"; tuppence eval {who} --val {text} first"
+    raise UserError(f"{name} against {place['result']}: {why}{remedy}")
+
+
+def _called(scene: Scene, run: str) -> str:
+    """A run as a person names it."""
+    path = Path(run)
+    return path.name if path.parent == Path(scene.args.runs) else run
+
+
+def _compared(scene: Scene, results: dict[str, Document], others: Document) -> Document:
+    return {name: _against(scene, name, results[name], place) for name, place in others.items()}
+
+
+def _against(scene: Scene, name: str, mine: Document, place: Document) -> Document:
     """The differences. Raises UserError where the two may not be compared."""
     from tuppence.evals import against
 
-    other = _read(path)
-    if why := against.refusal(name, mine, other):
-        raise UserError(f"{name} against {path}: {why}")
-    found = against.differences(
-        name,
-        against.Result(mine, scene.out / f"{name}.jsonl"),
-        against.Result(other, path.with_suffix(".jsonl")),
-    )
+    _check_alike(scene, name, mine, place)
+    other = against.Result(place["document"], Path(place["result"]).parent)
+    found = against.differences(name, against.Result(mine, scene.out), other)
     for each in found if not scene.args.json else ():
         error = "" if each.error is None else f" +- {each.error:.4f}"
         print(
@@ -251,4 +329,4 @@ def _against(scene: Scene, name: str, mine: Document, path: Path) -> Document:
             f"{error} ({each.how}, n={each.n:,})",
             flush=True,
         )
-    return {"result": str(path), "differences": [dataclasses.asdict(each) for each in found]}
+    return {"result": place["result"], "differences": [dataclasses.asdict(each) for each in found]}

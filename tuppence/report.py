@@ -18,10 +18,11 @@ from tuppence.evals import told as telling
 from tuppence.folder import RunFolder, write_text
 from tuppence.ledger import by_phase, spent
 from tuppence.live import duration, printable
+from tuppence.plan.solve import SAMPLE_SHARE
+from tuppence.plan.tasks import FIXED_SHARE
 from tuppence.plot import loss_plot, score_plot
 
 SUITES = ("core", "hellaswag")
-LATER = (*SUITES, "bpb", "lm_eval")
 
 Document = dict[str, Any]
 
@@ -49,6 +50,7 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
     best_loss = next((r["loss"] for r in evals if best and r["step"] == best["step"]), None)
     env = folder.read_json("env.json") or {}
     samples = _samples(folder)
+    later, others = _later(folder)
     own = [row for row in samples if not row.get("fixed")]
     return {
         "name": plan.name,
@@ -84,10 +86,11 @@ def build(folder: RunFolder, metrics: list[Document], evals: list[Document]) -> 
         },
         "tasks": {name: found[-1] for name, found in _by_suite(evals).items()},
         "scores": _by_suite(evals, *_POINT),
-        "later": _later(folder),
+        "later": later,
         "sample": own[-1]["text"] if own else None,
         "samples": [{key: row.get(key) for key in _SAMPLE} for row in samples],
-        "warnings": [dataclasses.asdict(w) for w in plan.warnings],
+        "silent": _silent(plan, own=bool(own), fixed=len(own) < len(samples)),
+        "warnings": [dataclasses.asdict(w) for w in plan.warnings] + others,
         "events": [e for e in events if e["code"] not in ("save", "start", "end")],
         "reproduce": _argv(folder),
     }
@@ -122,14 +125,36 @@ def _samples(folder: RunFolder) -> list[Document]:
     return list(keyed.values())  # a step that was gone back to spoke twice
 
 
-def _later(folder: RunFolder) -> list[Document]:
-    """What `tuppence eval` has found since, by checkpoint."""
-    paths = sorted(folder.file("evaluations").glob("*/*.json"))
+def _silent(plan: Plan, *, own: bool, fixed: bool) -> list[str]:
+    """Why there is no sample, a sentence for each kind."""
+    cadence = plan.cadence
+    kinds = (
+        ("No sample was taken", own, cadence.sample_tokens, SAMPLE_SHARE),
+        ("The fixed prompts were not continued", fixed, cadence.fixed_tokens, FIXED_SHARE),
+    )
+    none = "train.sample_tokens=0, or one token each would take more than {:.0%} of the run"
+    late = "the run has not come to it, or its time was up"
     return [
-        {"checkpoint": path.parent.name, **folder.read_json(str(path.relative_to(folder.path)))}
-        for path in paths
-        if path.stem in LATER
+        f"{what}: {late if tokens else none.format(share)}."
+        for what, there, tokens, share in kinds
+        if not there
     ]
+
+
+def _later(folder: RunFolder) -> tuple[list[Document], list[Document]]:
+    """What `tuppence eval` has found since, by checkpoint; and warnings of files that are none."""
+    found, others = [], []
+    for path in sorted(folder.file("evaluations").glob("*/*.json")):
+        where = str(path.relative_to(folder.path))
+        try:
+            result = {"checkpoint": path.parent.name, **json.loads(path.read_bytes())}
+            if result["metric"] != "samples":
+                telling.line(result)
+                found.append(result)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            message = f"{where} is no result of tuppence eval: it is left out"
+            others.append({"code": "no_result", "message": message})
+    return found, others
 
 
 def _argv(folder: RunFolder) -> str | None:
@@ -234,6 +259,7 @@ def _task_rows(tasks: Document) -> list[tuple[str, str, str]]:
         name, (first, *more) = telling.name(result), telling.scores(result)
         found += [(name, "", first), *(("", "", score) for score in more)]
         found.append(("", "", f"{result['n']:,} of {result['of_items']:,} items"))
+        found.append(("", "", f"{result['precision']}, step {result['step']:,}"))
     return found
 
 
@@ -293,14 +319,26 @@ def _in_a_line(row: Document, *, most: int = 90) -> str:
     return said if len(said) <= most else said[: most - 1] + "…"
 
 
-def _tables(told: Document) -> list[str]:
-    """Each suite's table beside what is published, for a fixed-width font."""
+def _whose(told: Document, result: Document) -> str:
+    """Which weights a table is of, and that the verb's are others."""
+    best = told["best"]["step"]
+    return (
+        f"Asked during the run, in {result['precision']}, of step {result['step']:,}; "
+        f"tuppence eval asks the best checkpoint{'' if best is None else f' (step {best:,})'} "
+        f"in fp32."
+    )
+
+
+def _tables(told: Document) -> list[tuple[str, str]]:
+    """Of each suite what was asked, and its table beside what is published, for a fixed-width
+    font."""
     if not told["tasks"]:
         return []
     from tuppence.evals import core, hellaswag
 
     table = {"core": core.table, "hellaswag": hellaswag.table}
-    return [table[name](result) for name, result in told["tasks"].items()]
+    results = told["tasks"].items()
+    return [(_whose(told, result), table[name](result)) for name, result in results]
 
 
 def as_markdown(told: Document) -> str:
@@ -322,12 +360,12 @@ def as_markdown(told: Document) -> str:
         f"step {told['best']['step']}, val loss {_form(told['best']['val_loss'], '{:.4f}')}.",
     ]
     if told["tasks"]:
-        parts += ["## Tasks", *(_fenced(table) for table in _tables(told))]
+        parts += ["## Tasks", *(f"{whose}\n\n{_fenced(table)}" for whose, table in _tables(told))]
     if told["later"]:
         lines = "\n".join(f"- {_later_line(result)}" for result in told["later"])
         parts += ["## Evaluated later", lines]
-    if told["sample"]:
-        parts += ["## Sample", _fenced(told["sample"])]
+    parts += ["## Sample", *told["silent"]]
+    parts += [_fenced(told["sample"])] if told["sample"] else []
     for row in (row for row in told["samples"] if row["fixed"]):
         parts += [f"Temperature {row['temperature']:g}:", _fenced(row["text"])]
     notes = [f"- {w['message']} [{w['code']}]" for w in [*told["warnings"], *told["events"]]]
@@ -378,7 +416,10 @@ def as_html(told: Document, metrics: list[Document], evals: list[Document]) -> s
 
 def _tasks_html(told: Document, tokens_at: dict[int, int]) -> str:
     """Tables, curves where there are several points, and what was evaluated later; or nothing."""
-    parts = [f"<pre>{html.escape(table)}</pre>" for table in _tables(told)]
+    parts = [
+        f'<p class="key">{html.escape(whose)}</p>\n<pre class="table">{html.escape(table)}</pre>'
+        for whose, table in _tables(told)
+    ]
     for name, points in told["scores"].items():
         key = "score" if name == "core" else "acc_norm"
         error = "error" if name == "core" else "error_norm"
@@ -397,12 +438,21 @@ def _tasks_html(told: Document, tokens_at: dict[int, int]) -> str:
 
 
 def _samples_html(told: Document) -> str:
-    """The run's own, then the fixed prompts greedy and drawn."""
-    parts = [f"<pre>{html.escape(told['sample'] or 'no sample was taken')}</pre>"]
+    """The run's own, then the fixed prompts greedy and drawn; of the own ones the last."""
+    own = [row for row in told["samples"] if not row["fixed"]]
+    parts = [f'<p class="key">{html.escape(why)}</p>' for why in told["silent"]]
+    parts += [_said(row) for row in own[-1:]]
     for row in (row for row in told["samples"] if row["fixed"]):
         parts.append(f'<p class="key">Temperature {row["temperature"]:g}</p>')
-        parts.append(f"<pre>{html.escape(row['text'])}</pre>")
+        parts.append(_said(row))
     return "\n".join(parts)
+
+
+def _said(row: Document) -> str:
+    """A text, its prompt told apart from what follows."""
+    prompt = row["prompt"] if row["text"].startswith(row["prompt"]) else ""
+    rest = html.escape(row["text"][len(prompt) :])
+    return f"<pre><strong>{html.escape(prompt)}</strong>{rest}</pre>"
 
 
 def _table_rows(cells: list[tuple[str, str, str]]) -> str:

@@ -43,6 +43,7 @@ def of_run(args: Namespace) -> Who:
     plan = folder.plan()
     from tuppence import checkpoint, ranks
     from tuppence.evals.running import led
+    from tuppence.evals.subject import identity_of
     from tuppence.evals.subject import of_run as asked
     from tuppence.train.calibrate import pick_device
 
@@ -50,21 +51,17 @@ def of_run(args: Namespace) -> Who:
     name = led(together, "checkpoint", lambda: checkpoint.choose(folder, args.checkpoint).name)
     path = folder.checkpoints / name
     model, tokenizer, device = loaded(folder, plan, path, args)
-    loop = {key: value for key in LOOP if (value := getattr(args, key)) not in (None, False)}
-    identity = {
-        "weights_sha256": checkpoint.weights_sha256(path),
-        "tokenizer_sha256": tokenizer.sha256,
-        "context": plan.model.sequence_len,
-    }
-    identity |= {"loop": loop} if loop else {}
+    loop = _loop_of(plan, args)
+    context, weights = plan.model.sequence_len, checkpoint.weights_sha256(path)
 
     @functools.cache
     def subject(precision: str) -> Any:
         return asked(
             workers_of(model, device, precision, cores=_cores(device)),
             tokenizer,
-            context=plan.model.sequence_len,
-            identity=identity | {"precision": precision},
+            context=context,
+            identity=identity_of(weights, tokenizer, context=context, precision=precision)
+            | ({"loop": loop} if loop else {}),
         )
 
     return Who(
@@ -98,15 +95,23 @@ def of_transformers(args: Namespace) -> Who:
         )
 
     subject = functools.cache(lambda precision: lead_first(together, "model", read, precision))
-    name = subject(args.precision or "fp32").identity["name"]
+    identity = subject(args.precision or "fp32").identity
+    name = identity["name"]
     slug = re.sub(r"[^\w.@-]+", "--", name)
     return Who(
         told={"model": args.hf, "checkpoint": name, "step": None},
-        name=slug,
+        name=f"{slug}-{identity['weights_sha256'][:8]}",  # every export is named hf
         home=Path("evaluations"),
         ranks=together,
         subject=subject,
     )
+
+
+def _loop_of(plan: Plan, args: Namespace) -> dict[str, Any]:
+    """The options of a looped model that change what it answers."""
+    loop = {key: value for key in LOOP if (value := getattr(args, key)) not in (None, False)}
+    usual = max(1, round(plan.model.loop.mean_recurrence)) if plan.model.loop else None
+    return {key: value for key, value in loop.items() if (key, value) != ("recurrence", usual)}
 
 
 def lead_first(ranks: Any, name: str, get: Callable[..., T], *given: Any) -> T:

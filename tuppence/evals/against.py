@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuppence.evals.identity import refuse
-from tuppence.evals.journal import rows_of
+from tuppence.evals.identity import WHO, refuse
+from tuppence.evals.journal import head_of, rows_of
 
 Document = dict[str, Any]
 Right = dict[str, dict[int, Mapping[str, Any]]]  # task, item, what was judged
@@ -31,10 +31,10 @@ SAME = {  # what two results of a suite must have in common
 
 @dataclass(frozen=True)
 class Result:
-    """A result's document and the journal that it was made of, where there is one."""
+    """A result's document and the folder it is in, where the journal is that it names."""
 
     document: Document
-    journal: Path | None
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def differences(name: str, mine: Result, other: Result) -> list[Difference]:
         return [
             Difference(key, a[key], b[key], a[key] - b[key], None, how, a["tokens"]) for key in kept
         ]
-    rows = _right(mine, a), _right(other, b)
+    rows = _right(mine), _right(other)
     found = []
     for score, (error, judged) in COMPARED[name].items():
         pairs = None if None in rows else _pairs(rows[0], rows[1], judged, a["n"])  # type: ignore[arg-type]
@@ -93,16 +93,25 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else "none" if value is None else f"{value:,}"
 
 
-def _right(result: Result, document: Document) -> Right | None:
-    """What was judged of each item that the result counts."""
-    if result.journal is None or not result.journal.exists():
+def _right(result: Result) -> Right | None:
+    """What was judged of each item that the result counts, by the journal that it was made of."""
+    document = result.document
+    path = result.folder / Path(document.get("journal") or ".").name
+    if not path.is_file() or not _is_of(head_of(path), document):
         return None
     counted = {row["task"]: row["n"] for row in document.get("tasks", [])}
     found: Right = {}
-    for row in rows_of(result.journal):
+    for row in rows_of(path):
         if row["item"] < counted.get(row["task"], document["n"]):
             found.setdefault(row["task"], {})[row["item"]] = row["judged"]
     return found
+
+
+def _is_of(head: Document, document: Document) -> bool:
+    """Whether a journal with this first line holds what the result counts."""
+    subject, suite = head.get("subject", {}), head.get("suite", {})
+    asked = suite | {key: subject.get(key) for key in WHO}
+    return all(document.get(key) == value for key, value in asked.items())
 
 
 def _pairs(a: Right, b: Right, judged: str, n: int) -> dict[str, list[int]] | None:
@@ -126,10 +135,14 @@ def _weights(name: str, document: Document) -> dict[str, float] | None:
 
 
 def _error(pairs: Mapping[str, Sequence[int]], weights: dict[str, float] | None) -> float:
-    """Of the weighted sum of the tasks' mean differences."""
+    """Of the weighted sum of the tasks' mean differences.
+
+    Half an item more is counted of each kind, both right, both wrong, mine alone, the other's
+    alone: that of a few none is apart does not say that none ever is (Agresti and Min 2005).
+    """
     total = 0.0
     for task, each in pairs.items():
-        n, mean = len(each), sum(each) / len(each)
-        spread = sum((d - mean) ** 2 for d in each) / max(1, n - 1)
+        n, apart = len(each) + 2, sum(d != 0 for d in each) + 1
+        spread = apart / n - (sum(each) / n) ** 2
         total += (weights[task] if weights else 1.0) ** 2 * spread / n
     return math.sqrt(total)

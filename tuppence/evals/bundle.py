@@ -368,4 +368,5 @@ def _block(url: str, start: int, stop: int) -> bytes:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Its first line: what cannot be opened as a tar file says so of every compression."""
+    return str(error).strip().partition("\n")[0].rstrip(":") or type(error).__name__

@@ -10,6 +10,7 @@ ids: that a text's beginning does not see its end, and whether several continuat
 import hashlib
 import inspect
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ UNTOLD_CONTEXT = 2048  # where neither the config nor the tokenizer does: lm-eva
 WINDOWS = re.compile(r"(window|window_size|chunk_size)$")  # what keeps attention near
 NEAR = 1e-3  # of how much logits differ: above another order of sums, below another mask
 STEM, BRANCH = 9, 5  # ids of what is tried once
+PLAIN = f"{string.printable} The cat sat on a mat."  # of which a tokenizer must know something
 MISSING = "{} needs {}: pip install 'tuppence[hf]'"
 
 Logits = Callable[[nn.Module, Tensor, Tensor, Branches | None], Tensor]
@@ -77,6 +79,7 @@ def of_transformers(
     found = _found(source)
     model, tokenizer = _loaded(found)
     context = _context(model, tokenizer)
+    _check_tokenizer(found, tokenizer, rows=_text_config(model).vocab_size)
     model.to(device).eval()
     count = cores if torch.device(device).type == "cpu" else 1
     read, branching = _tried(found, model, context=context, say=say)
@@ -158,6 +161,7 @@ def _transformers(source: str) -> Any:
         import transformers
     except ImportError:
         raise UserError(MISSING.format(source, "transformers")) from None
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers
 
 
@@ -191,6 +195,24 @@ def _loaded(found: _Found) -> tuple[Any, Any]:
     if missing:
         raise UserError(f"{found.source}: the weights lack {missing[0]} (of {len(missing)})")
     return model, tokenizer
+
+
+def _check_tokenizer(found: _Found, tokenizer: Any, *, rows: int) -> None:
+    """Raises UserError for one that is empty, as transformers makes it where the files are missing,
+    and for one whose ids the model does not know; what was added for padding may be beyond."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if not set(tokenizer(PLAIN, add_special_tokens=False)["input_ids"]) - special:
+        raise UserError(
+            f"{found.source}: its tokenizer makes nothing of plain text; are its files there "
+            f"(tokenizer.json, or vocab.json and merges.txt)?"
+        )
+    starts = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    highest = max(set(tokenizer.get_vocab().values()) - special | starts)
+    if highest >= rows:
+        raise UserError(
+            f"{found.source}: its tokenizer has ids up to {highest:,} and its model knows those "
+            f"below {rows:,}; they are not of one model"
+        )
 
 
 def _first_line(error: Exception) -> str:

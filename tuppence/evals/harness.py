@@ -11,6 +11,7 @@ ids are read.
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import logging
 import math
@@ -57,7 +58,8 @@ def run(
     it open. Raises UserError where the harness, a task or its data are not to be had.
     """
     lm_eval = library()
-    with contextlib.redirect_stdout(sys.stderr):  # where --json prints, tasks may not
+    # where --json prints, tasks may not
+    with contextlib.redirect_stdout(sys.stderr), _without_bars():
         tasks = load(names, include=include, shots=shots)
         asked = Asked(subject, batch=batch, ranks=ranks, tick=tick)
         _seed()
@@ -87,6 +89,24 @@ def library() -> Any:
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars: the harness's and those of datasets are tqdm's, and ask for themselves."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    init = tqdm.__init__
+
+    @functools.wraps(init)
+    def hidden(self: Any, *args: Any, **words: Any) -> None:
+        init(self, *args, **{**words, "disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
 
 
 def version() -> str:

@@ -13,6 +13,8 @@ from tuppence.data.shards import load_manifest
 
 METRIC_VERSION = 1  # of how loss.py measures; another number, another metric
 
+WHO = ("weights_sha256", "tokenizer_sha256", "precision", "context", "loop")  # was asked
+
 Fields = Mapping[str, Any]
 
 

@@ -1,12 +1,16 @@
 """What a model has answered, a line an item: task, item, nats, tokens, greedy, judged.
 
-The first line is the identity of whoever was asked, and of what. A line is appended whole; a kill
-leaves a torn last one at most, which is cut off, and its item is asked again.
+The first line is the identity of whoever was asked, and of what, and the file's name has 8 digits
+of its hash: what is asked in between, of another model or of other items, has a journal of its own.
+A line is appended whole; a kill leaves a torn last one at most, which is cut off, and its item is
+asked again, as is that of a line whose checksum is not its own.
 """
 
 import errno
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,16 +26,21 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """Open for one process at a time, which `open` makes sure of."""
+    """Of one identity; `open` makes sure that one process at a time has it.
+
+    `path` is given without the identity's digits: suite.jsonl becomes suite.1a2b3c4d.jsonl.
+    """
 
     def __init__(self, path: Path, identity: Row, say: Callable[[str], None]) -> None:
         head = {"journal": VERSION, **identity}
-        self.path, self.say, self.head = path, say, json.loads(json.dumps(head))
+        digits = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = path.with_name(f"{path.stem}.{digits}{path.suffix}")
+        self.say, self.head = say, json.loads(json.dumps(head))
         self._lines: BinaryIO | None = None
         self._lock: BinaryIO | None = None
 
     def open(self) -> dict[Key, Judged]:
-        """What it holds of the same identity; of another it is set aside, and begun anew.
+        """What it holds already.
 
         Raises UserError where another process has it.
         """
@@ -66,20 +75,25 @@ class Journal:
                 file.close()
 
     def _rows(self) -> list[Row]:
-        """The rows that count; what else the file holds is taken out of it or set aside."""
+        """The rows that are whole; what else the file holds is taken out of it."""
         content = self.path.read_bytes() if self.path.exists() else b""
         *whole, torn = content.split(b"\n")
         rows = [_row(line) for line in whole[1:]]
         good = [row for row in rows if row is not None]
         if whole and _object(whole[0]) != self.head:
-            aside = set_aside(self.path)
-            self.say(f"{self.path} was of another model or suite; it is kept as {aside.name}")
+            self.say(f"{self.path}: its first line is damaged; all its items are asked anew")
             whole, good = [], []
         elif damaged := len(rows) - len(good):
             self.say(f"{self.path}: {damaged} damaged line(s) left out; their items are asked anew")
         if torn or not whole or len(good) < len(rows):
-            write_whole(self.path, b"".join(map(_line, [self.head, *good])))
+            head = json.dumps(self.head, separators=(",", ":")).encode() + b"\n"
+            write_whole(self.path, head + b"".join(map(_line, good)))
         return good
+
+
+def head_of(path: Path) -> Row:
+    """A journal's first line; nothing where it is damaged."""
+    return _object(path.read_bytes().split(b"\n", 1)[0]) or {}
 
 
 def rows_of(path: Path) -> Iterator[Row]:
@@ -101,7 +115,13 @@ def set_aside(path: Path) -> Path:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+    """With a checksum of all the rest."""
+    whole = row | {"crc32": _checksum(row)}
+    return json.dumps(whole, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _checksum(row: Row) -> int:
+    return zlib.crc32(json.dumps(row).encode())
 
 
 def _object(line: bytes) -> Row | None:
@@ -114,7 +134,5 @@ def _object(line: bytes) -> Row | None:
 
 def _row(line: bytes) -> Row | None:
     """A line as it was written; None where it is not."""
-    kinds = {"task": str, "item": int, "nats": list, "judged": dict}
     row = _object(line)
-    whole = row is not None and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-    return row if whole else None
+    return row if row is not None and row.pop("crc32", None) == _checksum(row) else None

@@ -23,6 +23,7 @@ from tuppence.evals.subject import Subject
 from tuppence.ranks import ALONE, Ranks
 
 FIRST, TIMES, WIDEST = 4, 4, 256  # items of a task in a wave: what is asked lies in memory
+CAUTION = 1.25  # times what a wave should take must be left: one that is cut short is lost whole
 
 T = TypeVar("T")
 
@@ -43,16 +44,15 @@ def run(
     """The first items of every task, as many of each, as they were judged; on all ranks the same.
 
     All items, unless the `deadline` (the lead's time.monotonic seconds) comes first. `suite` is
-    what the items depend on; with the subject's identity it tells whose answers a `journal` holds.
-    `told` hears of how many items the answers are there, `tick` is called between passes, and
-    `say` gets what a person should know. Raises UserError where another process has the journal.
+    what the items depend on; with the subject's identity it tells whose answers a journal holds,
+    and how it is named beside `journal`. `told` hears of how many items the answers are there,
+    `tick` is called between passes, and `say` gets what a person should know. Raises UserError
+    where another process has the journal.
     """
     by_label = {task.label: task for task in tasks}
-    kept = None
-    if journal is not None:
-        identity = {"subject": subject.identity, "suite": suite or {}}
-        kept = Journal(journal, identity, say) if ranks.lead else None
-    found = {} if journal is None else _known(kept, journal.name, tasks, ranks)
+    kept = journal_of(journal, subject, suite, say) if journal is not None else None
+    found = {} if kept is None else _known(kept, tasks, ranks)
+    kept = kept if ranks.lead else None
     total, asked, whole, began = sum(task.count for task in tasks), 0, 0, time.monotonic()
     told(len(found), total)
     try:
@@ -78,6 +78,13 @@ def run(
     }
 
 
+def journal_of(
+    path: Path, subject: Subject, suite: dict[str, Any] | None, say: Callable[[str], None]
+) -> Journal:
+    """What such a subject answers to such a suite, in a file named after `path` and both."""
+    return Journal(path, {"subject": subject.identity, "suite": suite or {}}, say)
+
+
 def led(ranks: Ranks, name: str, do: Callable[[], T]) -> T:
     """What the lead does for all ranks, told as JSON; what stops it stops them all."""
     if ranks.world == 1:
@@ -101,17 +108,14 @@ def led(ranks: Ranks, name: str, do: Callable[[], T]) -> T:
     raise kind(heard["error"])
 
 
-def _known(
-    kept: Journal | None, name: str, tasks: Sequence[Task], ranks: Ranks
-) -> dict[Key, Judged]:
+def _known(kept: Journal, tasks: Sequence[Task], ranks: Ranks) -> dict[Key, Judged]:
     """What the lead's journal has of these tasks."""
     counts = {task.label: task.count for task in tasks}
 
     def rows() -> list[tuple[str, int, Judged]]:
-        assert kept is not None
         return [(*key, judged) for key, judged in kept.open().items()]
 
-    heard = led(ranks, f"journal {name}", rows)
+    heard = led(ranks, f"journal {kept.path.name}", rows)
     return {(label, n): judged for label, n, judged in heard if n < counts.get(label, 0)}
 
 
@@ -142,7 +146,7 @@ def _stop(
     def seconds(stop: int) -> float:
         return pace * sum(key not in found for key in _keys(tasks, first, stop))
 
-    while stop > first and now + seconds(stop) > deadline:
+    while stop > first and now + CAUTION * seconds(stop) > deadline:
         stop = first + (stop - first) // 2
     stop = round(ranks.leads(stop))
     return stop if stop > first else 0

@@ -22,9 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tuppence.errors import Fault
 from tuppence.evals.items import Answer, Ask
 from tuppence.evals.subject import Subject
 from tuppence.model.branches import Branches
+from tuppence.model.layers import HEAD_CHUNK
 from tuppence.ranks import ALONE, Ranks
 
 WORTH = 1.25  # a row with branches must have so many times fewer places: it needs a mask of its own
@@ -32,6 +34,10 @@ LOGITS = {"cpu": 2**25, "cuda": 2**28}  # at once: what they fill is read severa
 
 Key = TypeVar("Key", bound=Hashable)
 Ints = npt.NDArray[np.int64]
+
+
+class NotFinite(Fault):
+    """What a model answered is no number."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def answers(
 
     At most `batch` rows share a pass (as many as there is room for). Of a text the last `keep` ids
     count (the context). Ends early where the next pass would end after `deadline` (the lead's
-    time.monotonic seconds); `tick` is called between passes.
+    time.monotonic seconds); `tick` is called between passes. Raises NotFinite, on every rank, for
+    nats that are no number.
     """
     keep = keep or subject.context
     owner = [item for item, (_, asks) in enumerate(asked) for _ in asks]
@@ -235,12 +242,17 @@ def _score(subject: Subject, model: nn.Module, each: _Pass) -> list[tuple[float,
     """Summed nats of each ask, and whether its ids are the likeliest."""
     with subject.workers.autocast():
         logits_NV = subject.logits(model, each.idx_BT, each.read_N, each.branches)
-    wanted_N1 = each.wanted_N[:, None]
-    nats_N = logits_NV.logsumexp(-1) - logits_NV.gather(1, wanted_N1)[:, 0]
-    likeliest_N = logits_NV.argmax(-1) == each.wanted_N
+    rows = max(1, HEAD_CHUNK[logits_NV.is_cuda] // subject.vocab_size)
+    parts = [*zip(torch.split(logits_NV, rows), torch.split(each.wanted_N, rows), strict=True)]
+    nats_N = torch.cat([_nats(logits, wanted) for logits, wanted in parts])
+    likeliest_N = torch.cat([logits.argmax(-1) == wanted for logits, wanted in parts])
     nats, likeliest = nats_N.double().cpu().numpy(), likeliest_N.cpu().numpy()
     spans = [slice(a, b) for a, b in itertools.pairwise(each.starts.tolist())]
     return [(float(nats[span].sum()), bool(likeliest[span].all())) for span in spans]
+
+
+def _nats(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
+    return logits_NV.logsumexp(-1) - logits_NV.gather(1, wanted_N[:, None])[:, 0]
 
 
 def _gathered(
@@ -253,6 +265,11 @@ def _gathered(
     nats = ranks.sum(*(total for part in parts for total, _ in part))
     greedy = ranks.sum(*(float(likeliest) for part in parts for _, likeliest in part))
     flat = [ask for of in asks for ask in of]
+    broken = next((total for total in nats if not math.isfinite(total)), None)
+    if broken is not None:
+        raise NotFinite(
+            f"the loss of an answer is {broken}: the weights are broken; take another --checkpoint"
+        )
     return [
         (number, Answer(total, tokens, likeliest > 0))
         for (number, tokens), total, likeliest in zip(flat, nats, greedy, strict=True)

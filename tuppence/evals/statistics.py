@@ -2,10 +2,13 @@
 
     centred    (accuracy - chance) / (1 - chance): 0 for a guess, 1 for all right
     error      of one accuracy: half of Wilson's interval of one standard deviation
-    bootstrap  of a mean of centred accuracies: items drawn anew within each task
+    bootstrap  of a mean of centred accuracies: answers drawn anew within each task
 
-Drawing n answers anew from n that are right or wrong is one draw of a binomial, so that no answer
-need be looked at twice.
+Drawing n answers anew is one draw of a binomial, so that no answer need be looked at twice. They
+are right with probability (right + 1/2) / (n + 1), the mean of Jeffreys' posterior, and not
+right / n, by which a few that are all right would leave nothing open (Brown, Cai and DasGupta
+2001); of many answers both are alike. What counts is how far a draw is from that mean, which lies
+nearer to 1/2 than what was observed: over many tasks this would add up.
 """
 
 import math
@@ -66,12 +69,13 @@ def centred(accuracy: Number, baseline: float) -> Number:
 
 
 def bootstrap(counts: Sequence[Count]) -> Spread:
-    """Of the mean of centred accuracies. The draws are the same each time."""
+    """Of the mean of centred accuracies, about that mean. The draws are the same each time."""
     generator = np.random.Generator(np.random.PCG64(SEED))
     total = np.zeros(DRAWS)
     for count in counts:
-        right = generator.binomial(count.n, count.accuracy, size=DRAWS)
-        total += centred(right / count.n, count.baseline)
+        p = (count.right + 0.5) / (count.n + 1)
+        off = generator.binomial(count.n, p, size=DRAWS) / count.n - p
+        total += centred(count.accuracy + off, count.baseline)
     means = total / len(counts)
     low, high = np.percentile(means, INTERVAL)
     return Spread(error=float(means.std(ddof=1)), low=float(low), high=float(high))

@@ -61,6 +61,18 @@ class RunText:
         return self.tokenizer.decode(ids)
 
 
+def identity_of(
+    weights_sha256: str, tokenizer: Tokenizer, *, context: int, precision: str
+) -> dict[str, Any]:
+    """What an answer of a run's checkpoint depends on, whoever asks it."""
+    return {
+        "weights_sha256": weights_sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "context": context,
+        "precision": precision,
+    }
+
+
 def of_run(
     workers: Workers,
     tokenizer: Tokenizer,

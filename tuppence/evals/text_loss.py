@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tuppence.data.loader import val_windows
 from tuppence.data.shards import load_manifest
+from tuppence.errors import UserError
 from tuppence.evals.items import Ask, Text
 from tuppence.evals.loss import Evaluation
 from tuppence.evals.score import answers
@@ -55,6 +56,8 @@ def text_loss(
         nats += sum(found[i][0].nats for i in range(len(group)))
         tokens += sum(found[i][0].tokens for i in range(len(group)))
         told(tokens, of_tokens)
+    if not tokens:
+        raise UserError(f"the val split of {data} has no token to predict with this tokenizer")
     text_bytes -= unasked
     bpb = nats / math.log(2) / text_bytes if text_bytes else None
     return Evaluation(nats / tokens, bpb, tokens, of_tokens, time.monotonic() - started)

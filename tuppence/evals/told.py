@@ -8,7 +8,8 @@ def line(told: Mapping[str, Any]) -> str:
     """`CORE 0.0312 ± 0.0110 (2,200 items)`; of HellaSwag both accuracies."""
     if told["metric"] == "bpb":
         bits = "" if told["bpb"] is None else f", {told['bpb']:.4f} bits/byte"
-        return f"val loss {told['loss']:.4f}{bits} ({told['tokens']:,} tokens)"
+        on = f" on {told['val']}'s val split" if told.get("val") else ""
+        return f"val loss {told['loss']:.4f}{bits}{on} ({told['tokens']:,} tokens)"
     if told["metric"] == "lm_eval":
         return ", ".join(
             f"{row['task']} {metric} {value['value']:.4f}"

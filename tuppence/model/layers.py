@@ -84,8 +84,16 @@ def embedding(rows: int, channels: int) -> nn.Embedding:
 
 
 def softcapped(logits_V: Tensor) -> Tensor:
-    """Logits in fp32, smoothly kept within -15 to 15 (Gemma 2, arXiv:2408.00118)."""
-    return SOFTCAP * torch.tanh(logits_V.float() / SOFTCAP)
+    """Logits in fp32, smoothly kept within -15 to 15 (Gemma 2, arXiv:2408.00118).
+
+    Without gradients fp32 logits are changed in place, so many at once as a cache holds.
+    """
+    if torch.is_grad_enabled():
+        return SOFTCAP * torch.tanh(logits_V.float() / SOFTCAP)
+    capped_V = logits_V.float()
+    for part in torch.split(capped_V.view(-1), HEAD_CHUNK[capped_V.is_cuda]):
+        part.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
+    return capped_V
 
 
 class _HeadLoss(torch.autograd.Function):

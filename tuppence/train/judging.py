@@ -3,9 +3,11 @@
     val loss ──▶ a row      tasks that are due ──▶ the row again, with "core": {...}      samples
 
 In a budget of time the end keeps what each suite of tasks will take, so a small part of each is
-timed early on. Before the end a suite may take OVERRUN times what is expected of it and no more, so
-that a guess that was far off costs items and not training; what it took is then what is expected.
-In a budget of steps nothing is cut.
+timed early on, while all is cold, and once more half-way. Before the end a suite may take OVERRUN
+times what is expected of it and no more, so that a guess that was far off costs items and not
+training; what it took is then what is expected. In a budget of steps nothing is cut.
+
+Answers of weights that are saved are kept in a journal: the next attempt asks what is missing.
 """
 
 import math
@@ -13,13 +15,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tuppence import checkpoint
 from tuppence.data.loader import val_windows
 from tuppence.evals import running
 from tuppence.evals.generate import generate
 from tuppence.evals.items import Judged, Task
 from tuppence.evals.loss import Evaluation, val_loss
 from tuppence.evals.samples import samples
-from tuppence.evals.subject import Subject, of_run
+from tuppence.evals.score import NotFinite
+from tuppence.evals.subject import Subject, identity_of, of_run
 from tuppence.evals.told import line
 from tuppence.ranks import ALONE, Ranks
 from tuppence.train.pace import OVERRUN
@@ -45,9 +49,7 @@ def evaluate(trainer: Trainer, *, deadline: float) -> None:
             return
         state = replace(trainer.state, evaluation_due=False)
         if not math.isfinite(result.loss):  # the weights are broken: the guard's next steps tell
-            message = f"val loss {result.loss} after step {state.step}: it is not counted"
-            trainer.folder.event("eval_not_finite", message, step=state.step)
-            trainer.live.say(message)
+            _not_finite(trainer, f"val loss {result.loss}")
             trainer.state = state
             trainer.lead.forget()
             return
@@ -66,6 +68,13 @@ def evaluate(trainer: Trainer, *, deadline: float) -> None:
         trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
         save(trainer)
         trainer.saver.point("best", state.step)
+
+
+def _not_finite(trainer: Trainer, what: str) -> None:
+    """An evaluation counts for nothing; the guard judges the weights."""
+    message = f"{what} after step {trainer.state.step}: it is not counted"
+    trainer.folder.event("eval_not_finite", message, step=trainer.state.step)
+    trainer.live.say(message)
 
 
 def _told(trainer: Trainer, result: Evaluation) -> Document:
@@ -116,7 +125,11 @@ def _tasks(trainer: Trainer, deadline: float) -> Document:
         if not end and not is_due(suite.plan, step):
             continue
         until = deadline - _behind(trainer, name) if end else _until(trainer, name)
-        told = None if until is None else _judged(trainer, suite, until)
+        try:
+            told = None if until is None else _judged(trainer, suite, until)
+        except NotFinite as error:
+            _not_finite(trainer, f"{name}: {error}")
+            continue
         if told is None:
             message = f"no time is left for {name} at step {step}"
             trainer.folder.event("tasks_skipped", message, step=step, suite=name)
@@ -147,9 +160,11 @@ def _until(trainer: Trainer, name: str) -> float | None:
 def _judged(trainer: Trainer, suite: Suite, until: float) -> Document | None:
     """One suite's result; None where the time was too short for a single wave."""
     name, started = suite.plan.name, time.monotonic()
-    judged = _answered(trainer, suite.tasks, until, name)
+    weights = _saved_weights(trainer, name)
+    judged = _answered(trainer, suite, suite.tasks, until, weights)
     seconds, count = time.monotonic() - started, sum(map(len, judged.values()))
-    trainer.pace.suite_took(name, seconds * suite.count / count if count else math.inf)
+    if weights is None:  # else some answers may have been there
+        trainer.pace.suite_took(name, seconds * suite.count / count if count else math.inf)
     if not count:
         return None
     if count < suite.count:
@@ -164,10 +179,31 @@ def _judged(trainer: Trainer, suite: Suite, until: float) -> Document | None:
     return document
 
 
+def _saved_weights(trainer: Trainer, name: str) -> str | None:
+    """The hash of the weights as they are now, told to all ranks; None where they are not saved."""
+    state = trainer.state
+    if trainer.saved_step != state.step:
+        return None
+
+    def sha256() -> str | None:
+        last = checkpoint.pointer(trainer.folder, "last")  # behind a save that is being written
+        return last.sha256 if last is not None and last.step == state.step else None
+
+    asked = f"weights {name} {state.step} {state.rewound_steps}"  # a rewind may lead to others
+    found: str | None = trainer.ranks.told(asked, sha256)
+    return found
+
+
 def _answered(
-    trainer: Trainer, tasks: Sequence[Task], until: float, name: str
+    trainer: Trainer,
+    suite: Suite,
+    tasks: Sequence[Task],
+    until: float,
+    weights: str | None = None,
 ) -> dict[str, list[Judged]]:
-    """The items of tasks, as far as the time allows."""
+    """The items of tasks, as far as the time allows; of saved `weights` the answers are kept."""
+    name, step = suite.plan.name, trainer.state.step
+    place = trainer.folder.file("evaluations") / checkpoint.name_of(step)
     trainer.at("evaluate", long=True)  # every rank makes ids of the first items
 
     def between() -> None:
@@ -178,7 +214,15 @@ def _answered(
         trainer.live.show(f"{name}: {done:,} of {of:,} items")
 
     judged = running.run(
-        _subject(trainer), tasks, ranks=trainer.ranks, deadline=until, tick=between, told=told
+        _subject(trainer, weights),
+        tasks,
+        journal=None if weights is None else place / f"train_{name}.jsonl",
+        suite=suite.told,
+        ranks=trainer.ranks,
+        deadline=until,
+        tick=between,
+        told=told,
+        say=trainer.live.say,
     )
     trainer.at("evaluate")
     return judged
@@ -195,21 +239,33 @@ def taste(trainer: Trainer) -> None:
         part = [replace(task, count=max(1, task.count // TASTE)) for task in suite.tasks]
         with trainer.meter.phase("evaluate"):
             started = time.monotonic()
-            judged = _answered(trainer, part, started + seconds, name)
+            try:
+                judged = _answered(trainer, suite, part, started + seconds)
+            except NotFinite as error:
+                _not_finite(trainer, f"{name}: {error}")
+                continue
             seconds, count = time.monotonic() - started, sum(map(len, judged.values()))
-        pace.suite_took(name, seconds * suite.count / count if count else math.inf)
+        pace.suite_tasted(name, seconds * suite.count / count if count else math.inf)
     trainer.lead.forget()
 
 
-def _subject(trainer: Trainer) -> Subject:
-    """The model as it is now; on a card with as many places in a pass as training has."""
+def _subject(trainer: Trainer, weights: str | None = None) -> Subject:
+    """The model as it is now, with the hash of its weights if they are saved; on a card with as
+    many places in a pass as training has."""
     plan = trainer.plan
-    training = plan.cadence.eval_batch * plan.model.sequence_len
+    context, tokenizer = plan.model.sequence_len, trainer.tokenizer
+    training = plan.cadence.eval_batch * context
+    who = identity_of(
+        weights or f"step {trainer.state.step}",
+        tokenizer,
+        context=context,
+        precision=plan.machine.precision,
+    )
     return of_run(
         trainer.workers,
-        trainer.tokenizer,
-        context=plan.model.sequence_len,
-        identity={"step": trainer.state.step},
+        tokenizer,
+        context=context,
+        identity=who,
         places=None if plan.machine.device == "cpu" else training,
     )
 

@@ -140,8 +140,9 @@ def _run(trainer: Trainer) -> None:
     """Every step that is left, and the end."""
     if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
         evaluate(trainer, deadline=math.inf)
-    ready, first = False, trainer.state.step
+    ready, first, half = False, trainer.state.step, (1 + trainer.state.progress) / 2
     while not trainer.state.finished and (turn := trainer.lead.next(trainer.state.step)):
+        before = trainer.state.progress
         _step(trainer, turn)
         if not ready:
             ready_to_save(trainer)
@@ -152,7 +153,9 @@ def _run(trainer: Trainer) -> None:
         stop_if_asked(trainer)
         if turn.last:
             break
-        if trainer.pace.timed and trainer.state.step == first + TASTE_STEPS:
+        taken, crossed = trainer.state.step - first, before < half <= trainer.state.progress
+        due = taken == TASTE_STEPS or (taken > TASTE_STEPS and crossed)
+        if trainer.pace.timed and due:
             taste(trainer)
         if trainer.state.evaluation_due:
             evaluate(trainer, deadline=math.inf)

@@ -23,6 +23,7 @@ RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
 HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimates miss
 MOST_UPLOAD_SECONDS = 60.0  # kept back for a bucket that is slow or away
+GUESSED, MEASURED = 1.1, 1.05  # times what the end is expected to take is kept for it
 OVERRUN = 2.0  # of what tasks are expected to take, that they may take
 RECEIPT_STEP_SECONDS = 1.5e-5  # to read a step's row again for the receipt
 
@@ -96,9 +97,12 @@ class Pace:
         if not self.eval_measured:
             evaluation *= self._how_far_off()
         evaluation += self.plan.predicted.fixed_seconds * self._how_far_off()
-        evaluation += sum(self.suite_seconds(name) for name in self.suites)
+        suites = sum(
+            self.suite_seconds(name) * (MEASURED if name in self._suite_took else GUESSED)
+            for name in self.suites
+        )
         upload = min(MOST_UPLOAD_SECONDS, self.upload_seconds)
-        end = 1.5 * (self.save_seconds + upload) + 1.1 * evaluation
+        end = 1.5 * (self.save_seconds + upload) + GUESSED * evaluation + suites
         return end + finish_seconds(self.plan, step) + held
 
     def _how_far_off(self) -> float:
@@ -119,6 +123,10 @@ class Pace:
     def suite_took(self, name: str, seconds: float) -> None:
         """A whole evaluation of a suite of tasks, or what one that was cut short points to."""
         self._suite_took[name] = seconds
+
+    def suite_tasted(self, name: str, seconds: float) -> None:
+        """What a part of a suite points to: the least, for what is cold or disturbed is slower."""
+        self._suite_took[name] = min(seconds, self._suite_took.get(name, math.inf))
 
     def suite_seconds(self, name: str) -> float:
         """What a suite of tasks takes now, and is given at the end."""

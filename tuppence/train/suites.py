@@ -15,10 +15,11 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite's tasks, and what is made of their answers."""
+    """A suite's tasks, what they depend on, and what is made of their answers."""
 
     plan: SuitePlan
     tasks: Sequence[Task]
+    told: Document
     summary: Callable[[dict[str, list[Judged]]], Document]
 
     @property
@@ -46,11 +47,15 @@ def _suite(plan: SuitePlan, text: Text, context: int, say: Callable[[str], None]
         there = bundle.core_bundle(plan.data, say=say)
         tasks = core.tasks(there, text, context=context, max_per_task=plan.items)
         most = plan.items
-        return Suite(plan, tasks, lambda judged: core.summary(there, judged, max_per_task=most))
+        told = core.suite(there, max_per_task=most)
+        return Suite(
+            plan, tasks, told, lambda judged: core.summary(there, judged, max_per_task=most)
+        )
     assert plan.name == "hellaswag", plan.name
     rows = bundle.hellaswag_rows(plan.data, say=say)
     tasks = hellaswag.tasks(rows, text, max_items=plan.items)
-    return Suite(plan, tasks, lambda judged: hellaswag.summary(judged, sha256=rows.sha256))
+    told = hellaswag.suite(rows)
+    return Suite(plan, tasks, told, lambda judged: hellaswag.summary(judged, sha256=rows.sha256))
 
 
 def is_due(plan: SuitePlan, step: int) -> bool:
