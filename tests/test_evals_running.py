@@ -200,13 +200,13 @@ def test_a_wave_that_would_not_be_whole_is_made_smaller(monkeypatch: pytest.Monk
         return running._stop(tasks, found or {}, first, deadline=now + left, **how)  # type: ignore[arg-type]
 
     assert stop(16, math.inf) == 64
-    assert stop(16, 55.1) == 64
-    assert stop(16, 54.9) == 40
-    assert stop(16, 10) == 19
+    assert stop(16, running.CAUTION * 55.1) == 64
+    assert stop(16, running.CAUTION * 54.9) == 40
+    assert stop(16, running.CAUTION * 10) == 19
     assert stop(16, 1.9) == 0
     assert stop(70, math.inf) == 0
     answered = {("choices", n): {"correct": True} for n in range(64)}
-    assert stop(16, 7.1, answered) == 64
+    assert stop(16, running.CAUTION * 7.1, answered) == 64
 
 
 # ---------------------------------------------------------------- the journal

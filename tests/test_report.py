@@ -25,6 +25,7 @@ from tuppence.live import duration
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
 from tuppence.plot import loss_plot, score_plot, smooth
+from tuppence.report.text import headline
 
 
 def built(folder: RunFolder) -> dict:
@@ -208,7 +209,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path, plan: Plan) -> None:
     told = report.write(folder)  # no evaluation, no sample, no ledger, no environment yet
     folder.close()
     assert told["finished"] is False
-    assert "small (not finished): spent $0.0000 of $0.0200 (0.0%)" in report.headline(told)
+    assert "small (not finished): spent $0.0000 of $0.0200 (0.0%)" in headline(told)
     nothing = {"val_loss": None, "val_bpb": None, "peak_memory_gib": None}
     assert {key: told["actual"][key] for key in nothing} == nothing
     assert told["best"] == {"step": None, "val_loss": None}

@@ -30,7 +30,7 @@ from tuppence.ledger import Meter, by_phase, spent
 from tuppence.pipeline import on_this_machine
 from tuppence.plan.hardware import Calibration
 from tuppence.plan.solve import solve
-from tuppence.ranks import ALONE
+from tuppence.report.account import SUITES
 from tuppence.train import judging, loop, setup
 from tuppence.train.interrupt import Interrupted
 from tuppence.train.loop import train
@@ -132,7 +132,7 @@ def without_time(told: dict[str, Any]) -> dict[str, Any]:
 def results(folder: RunFolder) -> list[tuple[int, dict[str, Any]]]:
     """What tasks said, by step."""
     return [
-        (row["step"], {name: without_time(row[name]) for name in report.SUITES if name in row})
+        (row["step"], {name: without_time(row[name]) for name in SUITES if name in row})
         for row in folder.latest("evals")
     ]
 
@@ -166,7 +166,7 @@ def test_tasks_are_asked_when_due_and_told_in_the_receipt(
     assert [point["step"] for point in told["scores"]["hellaswag"]] == [3, 6]
     assert told["actual"]["val_bpb"] == last["bpb"]
     evaluated = next(part for part in told["phases"] if part["phase"] == "evaluate")
-    took = sum(row[name]["seconds"] for row in rows for name in report.SUITES if name in row)
+    took = sum(row[name]["seconds"] for row in rows for name in SUITES if name in row)
     assert evaluated["seconds"] >= took
     assert evaluated["usd"] == pytest.approx(evaluated["seconds"] / 3600)
     said = {(row["prompt"], row["temperature"]) for row in told["samples"] if row["fixed"]}
@@ -374,15 +374,6 @@ def test_the_end_keeps_what_tasks_take(pace: Pace) -> None:
     assert pace.suite_seconds("core") == 4.0
     pace.suite_took("core", math.inf)
     assert pace.suite_seconds("core") == pytest.approx(OVERRUN * 15.0)  # and no more than that
-
-
-@pytest.mark.parametrize(("left", "stop"), [(400.0, 256), (200.0, 160), (100.0, 112)])
-def test_a_wave_that_could_be_lost_is_made_smaller(left: float, stop: int) -> None:
-    """192 items at a second each: 200 seconds are enough, if nothing else runs meanwhile."""
-    task, now = SimpleNamespace(label="a", count=320), time.monotonic()
-    found: Any = {("a", number): {} for number in range(64)}
-    asked = ([task], found, 64, 64, now - 64.0, now + left, ALONE)
-    assert running._stop(*asked) == stop  # type: ignore[arg-type]
 
 
 @there
