@@ -23,6 +23,7 @@ from tuppence.bucket import Mirror
 from tuppence.config import Budget, Plan, Run
 from tuppence.corpus import prepared, shards_at, surveyed
 from tuppence.errors import DoesNotFit, Fault, UserError
+from tuppence.evals import bundle
 from tuppence.folder import RunFolder, RunLock
 from tuppence.ledger import Meter
 from tuppence.pipeline import (
@@ -203,7 +204,8 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
         say(plan_text(draft))  # preparing may take long: here is what it is for
     with meter.phase("prepare"):
         within = _Within(meter, wanted.budget)
-        _fetch_tasks(on_this_machine(folder.plan(), wanted) if draft is None else draft)
+        begun = on_this_machine(folder.plan(), wanted) if draft is None else draft
+        bundle.fetch(begun.tasks, say=say)
         known = None if draft is not None else folder.plan().data.inputs_sha256
         place = shards_at(job.args, wanted.data)
         made, data = prepared(wanted, place, known=known, tick=within.check)
@@ -299,19 +301,8 @@ def _tasks_here(plan: Plan, ranks: Any) -> None:
     """The tasks, on a node that is not the lead's: fetched by the first of its ranks."""
     node = ranks.rank // ranks.local_world
     if node:
-        ranks.told(f"tasks of node {node}", lambda: _fetch_tasks(plan), by=node * ranks.local_world)
-
-
-# ---------------------------------------------------------------- tasks
-
-
-def _fetch_tasks(plan: Plan) -> None:
-    """Have the tasks here that the run will be judged by, before it costs much."""
-    from tuppence.evals import bundle
-
-    for suite in () if plan.tasks is None else plan.tasks.suites:
-        fetch = bundle.core_bundle if suite.name == "core" else bundle.hellaswag_rows
-        fetch(suite.data, say=say)
+        first = node * ranks.local_world
+        ranks.told(f"tasks of node {node}", lambda: bundle.fetch(plan.tasks, say=say), by=first)
 
 
 def _check_tasks(plan: Plan, tokenizer: Path) -> None:

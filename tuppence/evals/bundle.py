@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tuppence.config import TasksPlan
 from tuppence.errors import Fault, UserError
 from tuppence.files import asset, locked
 from tuppence.plan.hardware import cache_folder
@@ -300,6 +301,13 @@ def hellaswag_sha256(rows: Sequence[Question]) -> str:
 
 
 # ---------------------------------------------------------------- downloads
+
+
+def fetch(tasks: TasksPlan | None, *, say: Say) -> None:
+    """Have what a run will be judged by here and verified, before the run costs much."""
+    for suite in () if tasks is None else tasks.suites:
+        read = core_bundle if suite.name == "core" else hellaswag_rows
+        read(suite.data, say=say)
 
 
 def _cached(url: str) -> Path:
