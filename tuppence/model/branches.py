@@ -24,11 +24,11 @@ class Branches:
     def visible(self, window: int | None = None) -> Tensor:
         """Who may look at whom [B, T, T]; with a `window` at that many positions in all.
 
-        What fills a row up looks at what fills it up before, so that no softmax is empty.
+        What fills a row up looks at itself too, so that no softmax is empty.
         """
         T = self.branch_BT.shape[1]
         asks, gives = self.branch_BT[:, :, None], self.branch_BT[:, None, :]
-        seen_BTT = (asks == gives) | ((gives == 0) & (asks > 0))
+        seen_BTT = (asks == gives) | (gives == 0)
         seen_BTT &= torch.ones(T, T, dtype=torch.bool, device=asks.device).tril()
         if window is not None:
             back_BTT = self.position_BT[:, :, None] - self.position_BT[:, None, :]
