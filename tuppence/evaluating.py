@@ -8,9 +8,9 @@
 
 A journal is of all that its answers depend on, which is what HASH is of: what was answered before
 an interruption is not asked again, whatever else was asked in between. All that can be refused is
-refused before anything is asked. Suites are asked in fp32, where equal
-choices are promised whatever the batch and the ranks; a run's loss on its own val split is taken in
-its own precision, as in training.
+refused before anything is asked. Suites are asked in fp32, where equal choices are promised
+whatever the batch and the ranks; a run's loss on its own val split is taken in its own precision,
+as in training.
 """
 
 import dataclasses
