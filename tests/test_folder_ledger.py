@@ -307,3 +307,14 @@ def test_an_attempt_killed_before_its_first_save_is_lost(folder: RunFolder) -> N
     folder.event("start", "", attempt=2, step=0)
     attempt(folder, 2, [("provision", 100, 105), ("train", 105, 135)])
     assert seconds_of(folder) == {"provision": 10, "lost": 25, "save": 1, "train": 30}
+
+
+def test_what_a_run_went_back_from_is_lost(folder: RunFolder) -> None:
+    folder.event("start", "", attempt=1, step=0)
+    attempt(folder, 1, [("train", 0, 40), ("evaluate", 40, 50), ("train", 50, 60)])
+    back = {"code": "early_stop", "message": "", "attempt": 1, "back_to": 3, "usd": 0.06}
+    folder.append("events", {"time": 60.0, "saved_at": 30.0, **back})
+    attempt(folder, 1, [("train", 60, 70)])
+    assert seconds_of(folder) == {"train": 30 + 10, "lost": 30}
+    folder.event("resume", "", attempt=2, step=5, saved_at=55.0)  # killed: both say it of 55 to 60
+    assert seconds_of(folder) == {"train": 30, "lost": 40}

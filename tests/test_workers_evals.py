@@ -88,14 +88,19 @@ def test_evaluation_counts_every_target_once(count: int) -> None:
     token_bytes = np.full(40, 2)
     found = val_loss(workers, windows(10), of_tokens=149, token_bytes=token_bytes)
     assert found is not None
-    nats = 0.0
+    nats, each = 0.0, []
     for inputs, targets in windows(10):
         with torch.no_grad():
             loss = workers.model(
                 torch.from_numpy(inputs), torch.from_numpy(targets), reduction="sum"
             )
         nats += loss.item()
+        each.append((loss.item(), int((targets >= 0).sum())))
     assert found.tokens == 10 * 16 - 11
+    off = sum((total - found.loss * count) ** 2 for total, count in each)
+    error = math.sqrt(off * len(each) / (len(each) - 1)) / found.tokens
+    assert found.error == pytest.approx(error, rel=1e-4)
+    assert error > 0
     assert found.loss == pytest.approx(nats / found.tokens, rel=1e-6)
     assert found.bpb == pytest.approx(found.loss / math.log(2) / 2, rel=1e-6)
     assert workers.model.training

@@ -10,6 +10,7 @@ is no line: readers pass over it and the next attempt cuts it off.
 
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -23,7 +24,13 @@ from tuppence.errors import Fault, UserError
 from tuppence.files import try_lock
 
 T = TypeVar("T")
-LINES = ("ledger", "metrics", "evals", "events", "samples")
+LINES = {  # and what every line of theirs says
+    "ledger": ("start", "end", "phase", "usd_per_hour", "usd", "attempt"),
+    "metrics": (),
+    "evals": ("step",),
+    "events": ("code",),
+    "samples": ("step", "attempt"),
+}
 
 
 class RunFolder:
@@ -100,9 +107,14 @@ class RunFolder:
             for number, line in enumerate(lines, 1):
                 if line.endswith(b"\n"):
                     try:
-                        yield json.loads(line)
+                        row = json.loads(line)
                     except ValueError:  # not JSON, or not even text
                         raise Fault(f"{path} line {number} is damaged: not JSON") from None
+                    if not isinstance(row, dict):
+                        raise Fault(f"{path} line {number} is damaged: not an object")
+                    if lacking := [key for key in LINES[name] if key not in row]:
+                        raise Fault(f"{path} line {number} is damaged: no {lacking[0]}")
+                    yield row
 
     def latest(self, name: str) -> list[dict[str, Any]]:
         """The row that counts of each step, in the order of steps.
@@ -110,14 +122,13 @@ class RunFolder:
         A resumed run repeats some steps, and what an earlier attempt did beyond the checkpoint it
         was resumed from never happened; nor did what an attempt did before it went back.
         """
-        from_step = {
-            event["attempt"]: event["step"]
-            for event in self.rows("events")
-            if event["code"] in ("start", "resume")
-        }
+        from_step, gone = counts_until(self), list(gone_back(self))
         counts: dict[int, dict[str, Any]] = {}
         for row in self.rows(name):
             later = [at for attempt, at in from_step.items() if attempt > row["attempt"]]
+            later += [
+                event["back_to"] for event in gone if row.get("usd", math.inf) <= event["usd"]
+            ]
             if row["step"] <= min(later, default=row["step"]):
                 if counts and row["step"] <= next(reversed(counts)):
                     counts = {step: kept for step, kept in counts.items() if step < row["step"]}
@@ -146,6 +157,20 @@ class RunFolder:
             for handle in self._open.values():
                 handle.close()
             self._open.clear()
+
+
+def counts_until(folder: RunFolder) -> dict[int, int]:
+    """The step that each attempt went on from: no earlier attempt's later steps count."""
+    return {
+        event["attempt"]: event["step"]
+        for event in folder.rows("events")
+        if event["code"] in ("start", "resume")
+    }
+
+
+def gone_back(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """Events of a run that went back to older weights: `back_to` a step, with `usd` charged."""
+    return (event for event in folder.rows("events") if "back_to" in event and "usd" in event)
 
 
 def load(kind: type[T], path: Path) -> T:

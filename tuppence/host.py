@@ -2,18 +2,33 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import hashlib
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import tuppence
 
+SMI_SECONDS = 10.0  # that nvidia-smi may take to answer
 SPIN_COUNT = "1000"  # OpenMP's busy-wait before a thread sleeps; see `settle_threads`
+
+
+@functools.cache
+def process_space() -> str | None:
+    """Where a process's number means what it means here: this start of this system, and this
+    container of it. None where that cannot be told (not Linux)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def process_start() -> float:
@@ -38,6 +53,50 @@ def peak_rss_gib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def rss_gib() -> float | None:
+    """This process's resident memory now, in GiB; None where it cannot be told (not Linux)."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return None
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def waited_for_cores() -> float | None:
+    """Seconds that this process's threads were ready and had no core, in all, so far (Linux)."""
+    waited, there = 0, False
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError):  # a thread that has just ended
+            waited, there = waited + int(path.read_text().split()[1]), True
+    return waited / 1e9 if there else None
+
+
+def free_bytes(place: Path) -> float | None:
+    """Free on the disk of this folder; None where it cannot be told."""
+    try:
+        return float(shutil.disk_usage(place).free)
+    except OSError:
+        return None
+
+
+def gpu_use(uuids: list[str]) -> float | None:
+    """What nvidia-smi says of these GPUs: the share of time in which the least used of them
+    computes. None where it is missing or says nothing of them."""
+    words = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=SMI_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    shares = []
+    for line in done.stdout.splitlines():
+        name, _, percent = line.partition(",")
+        wanted = any(uuid in name for uuid in uuids)
+        if wanted and percent.strip().isdigit():  # "[N/A]" on a slice of a GPU
+            shares.append(int(percent) / 100)
+    return min(shares, default=None)
 
 
 def forget_peak_rss() -> None:

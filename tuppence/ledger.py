@@ -7,16 +7,18 @@ A killed process leaves its interval open; the next attempt closes it at the las
 which no process ran is not charged. All times are seconds since the epoch.
 """
 
+import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tuppence.errors import Fault
-from tuppence.folder import RunFolder
+from tuppence.folder import RunFolder, gone_back
+from tuppence.host import process_space
 
 BEAT_SECONDS = 1.0
 WORK = ("train", "evaluate")  # phases whose results a kill can throw away
@@ -89,7 +91,8 @@ class Meter:
         if now - self._beaten < BEAT_SECONDS:
             return
         self._beaten = now
-        self.folder.write_beat({**self._interval(now), "pid": os.getpid()})
+        who = {"pid": os.getpid(), "space": process_space()}
+        self.folder.write_beat({**self._interval(now), **who})
 
     def close(self, *, allowance: float = 0.0) -> None:
         """Stop charging; `allowance` seconds are charged in advance for what remains, as save."""
@@ -116,18 +119,32 @@ class Meter:
 def _close_abandoned(folder: RunFolder) -> None:
     """Charge a killed attempt's open interval up to its last heartbeat."""
     try:
-        open_row = folder.read_json("heartbeat.json")
+        open_row = _beat(folder)
     except Fault:  # a power cut can empty it; what it said cannot be known any more
         folder.event("heartbeat_damaged", "the last attempt's open interval is not charged")
         folder.forget_beat()
         return
     if open_row is None:
         return
-    open_row.pop("pid", None)
+    for key in ("pid", "space"):
+        open_row.pop(key, None)
     charged = {(row["attempt"], row["start"]) for row in folder.rows("ledger")}
     if (open_row["attempt"], open_row["start"]) not in charged:
         folder.append("ledger", open_row)
     folder.forget_beat()
+
+
+def _beat(folder: RunFolder) -> dict[str, Any] | None:
+    """The open interval. Raises Fault where heartbeat.json is anything else."""
+    beat: Any = folder.read_json("heartbeat.json")
+    if beat is None:
+        return None
+    numbers = ("start", "end", "usd_per_hour", "usd", "attempt")
+    if not isinstance(beat, dict) or not all(
+        isinstance(beat.get(name), (int, float)) for name in numbers
+    ):
+        raise Fault(f"{folder.file('heartbeat.json')} is damaged: not a heartbeat")
+    return {"phase": "train", **beat}
 
 
 def spent(folder: RunFolder) -> Spent:
@@ -136,26 +153,68 @@ def spent(folder: RunFolder) -> Spent:
     return Spent(sum(r["end"] - r["start"] for r in rows), sum(r["usd"] for r in rows))
 
 
-def by_phase(folder: RunFolder) -> dict[str, Spent]:
-    """The ledger by phase, with work that a kill threw away moved to `lost`.
+def worked(rows: Iterable[dict[str, Any]], since: float, until: float = math.inf) -> Spent:
+    """Training and evaluation of these rows of a ledger between two moments."""
+    seconds = usd = 0.0
+    for row in rows:
+        part = _covered(row["start"], row["end"], [(since, until)])
+        if row["phase"] in WORK and part > 0:
+            seconds += part
+            usd += row["usd"] * part / (row["end"] - row["start"])
+    return Spent(seconds, usd)
+
+
+def charged(folder: RunFolder) -> list[dict[str, Any]]:
+    """The ledger, and the interval that is open, or was when a kill came, up to its last beat."""
+    rows = list(folder.rows("ledger"))
+    try:
+        beat = _beat(folder)
+    except Fault:  # the next attempt will say so
+        return rows
+    closed = {(row["attempt"], row["start"]) for row in rows}
+    if beat is None or (beat["attempt"], beat["start"]) in closed or beat["end"] <= beat["start"]:
+        return rows
+    return [*rows, beat]
+
+
+def by_phase(folder: RunFolder, rows: Iterable[dict[str, Any]] | None = None) -> dict[str, Spent]:
+    """The ledger (or these of its rows) by phase, with work that was thrown away moved to `lost`.
 
     What an attempt trained and evaluated after the checkpoint from which the next one went on (or
-    at all, where that began anew) had to be done again.
+    at all, where that began anew) had to be done again; what came after the weights that a run went
+    back to (a rewind, an early stop) is in no weights.
     """
-    cuts = {
-        event["attempt"]: event.get("saved_at", 0.0)
-        for event in folder.rows("events")
-        if event["code"] in ("start", "resume")
-    }
+    away = _thrown_away(folder)
     out: dict[str, Spent] = {}
-    for row in folder.rows("ledger"):
+    for row in folder.rows("ledger") if rows is None else rows:
         seconds, lost = row["end"] - row["start"], 0.0
-        later = [at for attempt, at in cuts.items() if attempt > row["attempt"]]
-        if later and row["phase"] in WORK:
-            lost = max(0.0, row["end"] - max(min(later), row["start"]))
+        if row["phase"] in WORK:
+            lost = _covered(
+                row["start"], row["end"], [w[1:] for w in away if row["attempt"] <= w[0]]
+            )
         for phase, part in ((row["phase"], seconds - lost), ("lost", lost)):
             if part > 0:
                 old = out.get(phase, Spent(0.0, 0.0))
                 usd = old.usd + row["usd"] * part / seconds
                 out[phase] = Spent(old.seconds + part, usd)
     return out
+
+
+def _thrown_away(folder: RunFolder) -> list[tuple[int, float, float]]:
+    """(attempt, from, to): what this attempt and earlier ones did in that time is in no weights."""
+    found = [
+        (event["attempt"] - 1, event.get("saved_at", 0.0), float("inf"))
+        for event in folder.rows("events")
+        if event["code"] in ("start", "resume")
+    ]
+    return found + [(e["attempt"], e["saved_at"], e["time"]) for e in gone_back(folder)]
+
+
+def _covered(start: float, end: float, spans: Iterable[tuple[float, float]]) -> float:
+    """How much of an interval lies in any of the spans."""
+    total, reached = 0.0, start
+    for low, high in sorted(spans):
+        low, high = max(low, reached), min(high, end)
+        if high > low:
+            total, reached = total + high - low, high
+    return total

@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{total}s"
 
 
+def threads(count: int) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """A model's text for a terminal: control characters could do anything there."""
     return "".join(

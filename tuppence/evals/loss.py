@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from tuppence.workers import Workers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`tokens` were predicted of `of_tokens` that were meant to be."""
+    """`tokens` were predicted of `of_tokens` that were meant to be. `error` is the standard error
+    of the loss as an estimate for such text, by batches of windows; None of a single batch."""
 
     loss: float
+    error: float | None
     bpb: float | None
     tokens: int
     of_tokens: int
@@ -56,7 +59,7 @@ def val_loss(
         return total, targets[targets >= 0].cpu().numpy()
 
     started = time.monotonic()
-    nats, tokens, text_bytes, longest = 0.0, 0, 0, 0.0
+    nats, tokens, text_bytes, longest, each = 0.0, 0, 0, 0.0, Squares()
     workers.train(False)
     batches = iter(windows)
     while group := list(itertools.islice(batches, len(workers) * ranks.world)):
@@ -70,16 +73,41 @@ def val_loss(
             nats += total
             tokens += predicted.size
             text_bytes += int(token_bytes[predicted].sum())
+            each = each.seen(total, predicted.size)
         longest = max(longest, time.monotonic() - before)
         tick()
     workers.train()
     if ranks.world > 1:
-        nats, *counts = ranks.sum(nats, tokens, text_bytes)
-        tokens, text_bytes = map(round, counts)
+        nats, tokens_now, bytes_now, *squares = ranks.sum(nats, tokens, text_bytes, *each)
+        tokens, text_bytes, each = round(tokens_now), round(bytes_now), Squares(*squares)
     if not tokens:
         return None
     bpb = nats / math.log(2) / text_bytes if text_bytes else None
-    return Evaluation(nats / tokens, bpb, tokens, of_tokens, time.monotonic() - started)
+    loss, seconds = nats / tokens, time.monotonic() - started
+    return Evaluation(loss, each.error(loss, tokens), bpb, tokens, of_tokens, seconds)
+
+
+class Squares(NamedTuple):
+    """Sums over batches from which the error of a ratio follows."""
+
+    batches: float = 0.0
+    nats: float = 0.0  # squared
+    both: float = 0.0  # nats x tokens
+    tokens: float = 0.0  # squared
+
+    def seen(self, nats: float, tokens: int) -> "Squares":
+        """With one batch more."""
+        squares = (1.0, nats * nats, nats * tokens, float(tokens) ** 2)
+        return Squares(*(a + b for a, b in zip(self, squares, strict=True)))
+
+    def error(self, loss: float, tokens: int) -> float | None:
+        """The standard error of nats / tokens over batches of unequal size (Cochran, Sampling
+        Techniques, 3rd ed. 1977, section 2.11: estimation of a ratio)."""
+        if self.batches < 2:
+            return None
+        off = self.nats - 2 * loss * self.both + loss * loss * self.tokens
+        off = max(0.0, off)  # of equal batches rounding leaves less than nothing
+        return math.sqrt(off * self.batches / (self.batches - 1)) / tokens
 
 
 def _tensors(batch: tuple[np.ndarray, np.ndarray], device: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tuppence.data.loader import val_windows
 from tuppence.data.shards import load_manifest
 from tuppence.errors import UserError
 from tuppence.evals.items import Ask, Text
-from tuppence.evals.loss import Evaluation
+from tuppence.evals.loss import Evaluation, Squares
 from tuppence.evals.score import answers
 from tuppence.evals.subject import Subject
 from tuppence.ranks import ALONE, Ranks
@@ -48,19 +48,22 @@ def text_loss(
     ids, text_bytes = _ids(subject.text, data)
     windows, unasked = _windows(subject.text, ids, context=min(subject.context, LONGEST))
     nats, tokens, of_tokens = 0.0, 0, sum(len(window) - 1 for window in windows)
+    each = Squares()
     for first in range(0, len(windows), AT_ONCE):
         group = windows[first : first + AT_ONCE]
         asked = [(i, [Ask(window.tolist(), len(window) - 1)]) for i, window in enumerate(group)]
         keep = subject.context + 1  # the last id of a window is not fed
         found = dict(answers(subject, asked, batch=batch, keep=keep, ranks=ranks, tick=tick))
-        nats += sum(found[i][0].nats for i in range(len(group)))
-        tokens += sum(found[i][0].tokens for i in range(len(group)))
+        for (answer,) in (found[i] for i in range(len(group))):
+            nats, tokens = nats + answer.nats, tokens + answer.tokens
+            each = each.seen(answer.nats, answer.tokens)
         told(tokens, of_tokens)
     if not tokens:
         raise UserError(f"the val split of {data} has no token to predict with this tokenizer")
     text_bytes -= unasked
     bpb = nats / math.log(2) / text_bytes if text_bytes else None
-    return Evaluation(nats / tokens, bpb, tokens, of_tokens, time.monotonic() - started)
+    loss, seconds = nats / tokens, time.monotonic() - started
+    return Evaluation(loss, each.error(loss, tokens), bpb, tokens, of_tokens, seconds)
 
 
 def _ids(text: Text, data: Path) -> tuple[Ids, int]:

@@ -9,7 +9,8 @@ def line(told: Mapping[str, Any]) -> str:
     if told["metric"] == "bpb":
         bits = "" if told["bpb"] is None else f", {told['bpb']:.4f} bits/byte"
         on = f" on {told['val']}'s val split" if told.get("val") else ""
-        return f"val loss {told['loss']:.4f}{bits}{on} ({told['tokens']:,} tokens)"
+        error = f" ± {told['error']:.4f}" if told.get("error") is not None else ""
+        return f"val loss {told['loss']:.4f}{error}{bits}{on} ({told['tokens']:,} tokens)"
     if told["metric"] == "lm_eval":
         return ", ".join(
             f"{row['task']} {metric} {value['value']:.4f}"
