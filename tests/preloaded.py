@@ -14,6 +14,8 @@ import tuppence.verbs  # noqa: F401
 
 with contextlib.suppress(ImportError):
     import s3fs  # noqa: F401
+with contextlib.suppress(ImportError):
+    import tensorboard.summary.writer.record_writer  # noqa: F401
 
 gc.collect()
 gc.freeze()

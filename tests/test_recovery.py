@@ -157,7 +157,7 @@ def test_full_disk_stops_with_one_line_and_goes_on_after(small_disk: Callable[[i
     assert code == 1, err
     line = one_line(err)
     assert "No space left on device" in line
-    assert "the same command goes on" in line
+    assert "the same command" in line
     saved = json.loads((disk / "runs/x/checkpoints/last.json").read_text())
     assert saved["step"] >= 10
     (disk / "ballast").unlink()

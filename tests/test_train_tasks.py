@@ -181,8 +181,8 @@ def test_tasks_are_asked_when_due_and_told_in_the_receipt(
         assert "bigbench_qa_wikidata" in form
         assert "GPT-2" in form
         assert "The largest planet that goes round our sun is" in form
-    assert page.count("<svg") == 2  # the loss, and HellaSwag's two points; CORE has one
-    assert 'aria-label="HellaSwag acc_norm over training tokens"' in page
+    assert 'aria-label="HellaSwag acc_norm against tokens"' in page
+    assert 'aria-label="CORE against tokens"' not in page  # of it there is one point
 
 
 @there

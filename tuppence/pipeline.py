@@ -15,7 +15,7 @@ from tuppence.config import DataPlan, Interval, Plan, Run, TasksPlan, Train, War
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, find
 from tuppence.plan import hardware
-from tuppence.plan.asked import check_budget, check_trainable, check_values
+from tuppence.plan.asked import check_budget, check_trainable, check_values, solve_track
 from tuppence.plan.solve import solve
 
 NOTES = ("data_estimated", "plan_only", "not_exportable")
@@ -132,11 +132,13 @@ def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float 
 
 
 def on_this_machine(plan: Plan, wanted: Run) -> Plan:
-    """The frozen plan with the ranks, cores and price of this attempt, and the places of its tasks.
+    """The frozen plan with the ranks, cores and price of this attempt, the places of its tasks, and
+    who else is told its figures.
 
     What a run learns depends on none of them; how fast, and for what money, does.
     """
-    plan = dataclasses.replace(plan, tasks=_found_here(plan.tasks, wanted.train))
+    tasks, track = _found_here(plan.tasks, wanted.train), solve_track(wanted.train)
+    plan = dataclasses.replace(plan, tasks=tasks, track=track)
     world, machine, step = host.world_size(), plan.machine, plan.step
     nodes = -(-world // host.local_world())
     price = wanted.machine.usd_per_hour

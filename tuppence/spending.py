@@ -5,6 +5,7 @@ every second of it is charged. Of many ranks the lead does this, and tells the o
 to; a run that lives on a bucket is brought here first, and sent there as it goes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,15 +38,20 @@ from tuppence.pipeline import (
     threads_of,
 )
 from tuppence.plan import hardware
+from tuppence.plan.asked import solve_track
 from tuppence.plan.describe import plan_text
 from tuppence.plan.estimate import rounds
+from tuppence.train.notes import Notes
 from tuppence.train.pace import finish_seconds
+from tuppence.train.readings import disk_words
+from tuppence.train.tracking import refuse_missing
 
 STOP_SECONDS = 0.3  # charged in advance for the exit after an interruption
 UPLOAD_SECONDS = 600.0  # for what is left to send when a run is over
 NO_MATTER = (  # what another attempt may be told otherwise: no token and no weight depends on it
     *("data.on_bad", "data.workers", "data.cache_gb"),
     *("train.core_data", "train.hellaswag_data"),
+    *("train.tensorboard", "train.wandb", "train.wandb_project"),
 )
 GRACE_SECONDS = 20.0  # for the same after a signal: clouds give 30 s and more
 
@@ -72,6 +78,7 @@ def spend(
     `finish` is called once it has ended.
     """
     wanted = asked(args)
+    refuse_missing(solve_track(wanted.train))
     settings = host.settle_threads(threads_of(wanted))
     folder = RunFolder(runs_root(args) / str(wanted.name))
     url = f"{args.runs.rstrip('/')}/{wanted.name}" if bucket.is_url(args.runs) else None
@@ -155,6 +162,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
             _say_moved(folder, frozen, here)
         _warn_of_disk(folder, frozen)
         _warn_of_idle_gpus(folder, frozen)
+        _warn_of_no_stop(folder, job.wanted)
         environment.record(folder, attempt, made, job.thread_settings)
 
         from tuppence import checkpoint
@@ -183,6 +191,9 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         left = meter.seconds_left(usd=frozen.budget.usd, hours=frozen.budget.hours)
         allowance = min(finish_seconds(frozen, done.steps), max(left, STOP_SECONDS))
         ended = True
+    except BaseException as error:
+        _say_why(folder, attempt, error)
+        raise
     finally:
         meter.close(allowance=allowance)
         folder.close()
@@ -193,6 +204,16 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         mirror.close(UPLOAD_SECONDS)
     if done.step_seconds is not None and not frozen.machine.compile and here == frozen:
         _learn(frozen, done.step_seconds)
+
+
+def _say_why(folder: RunFolder, attempt: int, error: BaseException) -> None:
+    """What ended this attempt early, for whoever watches: a signal (`stopped`), or a fault."""
+    signalled = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", 1) > 128
+    first = str(error).partition("\n")[0] or type(error).__name__
+    with contextlib.suppress(OSError, Fault):  # a full disk has no room for it
+        holder = folder.read_json("attempt.json")
+        if holder is None or holder["attempt"] <= attempt:  # else a newer one has the run
+            folder.event("stopped" if signalled else "failed", first, attempt=attempt)
 
 
 def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path, Plan]:
@@ -373,14 +394,21 @@ def _warn_of_tokens(folder: RunFolder, plan: Plan, tokenizer: Path) -> None:
 def _warn_of_disk(folder: RunFolder, plan: Plan) -> None:
     """Say it where the disk has less room than checkpoints will take; they then go sooner."""
     taken = sum(p.stat().st_size for p in folder.checkpoints.rglob("*") if p.is_file())
-    free = shutil.disk_usage(folder.path).free
-    if taken + free < plan.predicted.disk_bytes:
-        message = (
-            f"{free / 1e9:.2f} GB are free, checkpoints will want "
-            f"{plan.predicted.disk_bytes / 1e9:.2f}: older ones will go sooner than asked"
-        )
-        folder.event("low_disk", message)
-        say(f"warning   {message} [low_disk]")
+    free = host.free_bytes(folder.path)
+    if free is not None and taken + free < plan.predicted.disk_bytes:
+        wanted = plan.predicted.disk_bytes
+        message, advice = disk_words(free, wanted - taken, "checkpoints will take")
+        Notes(folder, say).warn("low_disk", message, advice, value=free, limit=wanted - taken)
+
+
+def _warn_of_no_stop(folder: RunFolder, wanted: Run) -> None:
+    """Say it, once, where a run was planned by a version that could not stop early."""
+    said = any(event["code"] == "no_early_stop" for event in folder.rows("events"))
+    planned = "early_stop" in folder.read_json("plan.json")["cadence"]
+    if wanted.train.early_stop is not False and not planned and not said:
+        message = "this run was planned before runs could stop early"
+        advice = "it goes on to the end of its budget, whatever its validation loss does"
+        Notes(folder, say).warn("no_early_stop", message, advice, reason="planned before")
 
 
 def _warn_of_idle_gpus(folder: RunFolder, plan: Plan) -> None:

@@ -17,8 +17,10 @@ of ranks reads them.
 
 from tuppence.checkpoint.fence import Fence, claim
 from tuppence.checkpoint.layout import (
+    Anneal,
     File,
     Manifest,
+    Point,
     Pointer,
     State,
     by_age,
@@ -55,6 +57,7 @@ from tuppence.checkpoint.tensors import Spec
 from tuppence.files import file_sha256
 
 __all__ = [
+    "Anneal",
     "Fence",
     "File",
     "Manifest",
@@ -62,6 +65,7 @@ __all__ = [
     "Optimizers",
     "Piece",
     "Pieces",
+    "Point",
     "Pointer",
     "Retention",
     "Saver",

@@ -24,9 +24,32 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True)
+class Point:
+    """A whole evaluation, and the mean loss of the `trained` steps since the one before."""
+
+    step: int
+    tokens: int
+    val_loss: float
+    train_loss: float
+    trained: int
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """The last steps of a run that stops early (train/annealing.py): `steps` of them, from step
+    `back_to` on, with the learning rate coming down from `factor` times its peak."""
+
+    reason: str
+    back_to: int
+    steps: int
+    factor: float
+
+
+@dataclass(frozen=True)
 class State:
     """Where a run is: everything besides tensors that the next step depends on. `losses` and what
-    follows are the guard's (train/guard.py)."""
+    follows are the guard's (train/guard.py); `points` and what follows say when to stop
+    (train/turning.py)."""
 
     step: int
     tokens: int
@@ -47,6 +70,13 @@ class State:
     rewound_steps: int
     trouble_step: int
     back_to: int
+    points: tuple[Point, ...] = ()
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    evaluated_tokens: int = 0
+    sample_due: bool = True
+    stays: bool = False
+    anneal: Anneal | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tuppence.config.plan import (
     StepPlan,
     SuitePlan,
     TasksPlan,
+    TrackPlan,
     Warning,
 )
 from tuppence.config.run import Budget, Data, Machine, Model, Run, Train
@@ -47,6 +48,7 @@ __all__ = [
     "StepPlan",
     "SuitePlan",
     "TasksPlan",
+    "TrackPlan",
     "Train",
     "Warning",
     "asked",

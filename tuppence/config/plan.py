@@ -167,6 +167,9 @@ class CadencePlan:
     `finish_seconds` is the allowance for the receipt and the exit, charged in advance. Checkpoints
     fill at most `keep_bytes` of the disk (None: no limit but the disk's own). Of each fixed prompt
     `fixed_tokens` new tokens are sampled, at the end alone.
+
+    Once data repeats, an evaluation is also due when tokens have grown by `eval_growth` since the
+    last one (None: never), so that `early_stop` sees validation turn in time.
     """
 
     eval_every_steps: int | None
@@ -183,6 +186,9 @@ class CadencePlan:
     sample_prompt: str | None
     sample_tokens: int
     fixed_tokens: int = 0
+    eval_growth: float | None = None
+    early_stop: bool = False
+    target_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,16 @@ class InitPlan:
 
 
 @dataclass(frozen=True)
+class TrackPlan:
+    """Who else is told the figures. `tensorboard` None: where it is installed; `wandb` None: not,
+    else offline or online."""
+
+    tensorboard: bool | None = None
+    wandb: str | None = None
+    wandb_project: str = "tuppence"
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that was solved; the trainer reads nothing else. `init` None: from drawn weights;
     `tasks` None: judged by the loss alone."""
@@ -272,3 +288,4 @@ class Plan:
     warnings: tuple[Warning, ...]
     init: InitPlan | None = None
     tasks: TasksPlan | None = None
+    track: TrackPlan = TrackPlan()

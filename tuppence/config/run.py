@@ -103,6 +103,10 @@ class Train:
     `core_items` is how many items of each of CORE's tasks judge the run, at its end and every
     `core_every` steps; either of the two turns it on. `core_data` is where the tasks lie (else they
     are downloaded). HellaSwag's keys mean the same of its one task.
+
+    `early_stop` (on) ends a run whose validation loss has turned, `target_loss` one that reached
+    it (nats per token). `tensorboard` writes RUN/tensorboard (on where it is installed), `wandb` is
+    offline or online.
     """
 
     init_from: str | None = None
@@ -143,6 +147,11 @@ class Train:
     hellaswag_every: int | None = None
     hellaswag_items: int | None = None
     hellaswag_data: str | None = None
+    early_stop: bool | None = None
+    target_loss: float | None = None
+    tensorboard: bool | None = None
+    wandb: str | None = None
+    wandb_project: str | None = None
 
 
 @dataclass(frozen=True)

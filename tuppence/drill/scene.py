@@ -192,6 +192,9 @@ def _shortened(plan: Plan, steps: int) -> Plan:
         keep_bytes=None,
         sample_prompt=None,
         sample_tokens=0,
+        eval_growth=None,
+        early_stop=False,
+        target_loss=None,
     )
     return dataclasses.replace(
         plan,

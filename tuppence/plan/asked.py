@@ -14,6 +14,8 @@ from tuppence.config import (
     OptimizerPlan,
     Run,
     SchedulePlan,
+    TrackPlan,
+    Train,
     nearest,
 )
 from tuppence.errors import DoesNotFit, UserError
@@ -36,6 +38,7 @@ DEDUPS = ("none", "exact", "near")
 ON_BAD = ("refuse", "skip")
 PACKINGS = ("plain", "documents")
 ATTENTIONS = ("sdpa", "matmul")
+WANDB = ("offline", "online", "off")
 MOST = 10**15  # of anything: what is larger is a slip of the hand
 
 
@@ -69,6 +72,7 @@ def check_values(run: Run) -> None:
         "machine.disk_gb": (run.machine.disk_gb, "a disk"),
         "data.cache_gb": (run.data.cache_gb, "a cache"),
         "machine.mfu": (run.machine.mfu, "a share of the peak"),
+        "train.target_loss": (run.train.target_loss, "a loss in nats per token"),
     }
     for key, (amount, what) in above_zero.items():
         if amount is not None and not 0 < amount <= MOST:
@@ -91,9 +95,19 @@ def check_values(run: Run) -> None:
         ("train.precision", run.train.precision, PRECISIONS),
         ("train.schedule", run.train.schedule, SCHEDULES),
         ("train.attention", run.train.attention, ATTENTIONS),
+        ("train.wandb", run.train.wandb, WANDB),
     ):
         if value is not None and value not in allowed:
             raise UserError(f"{key}={value}{nearest(value, list(allowed))}")
+
+
+def solve_track(train: Train) -> TrackPlan:
+    """Who else is told the figures."""
+    return TrackPlan(
+        tensorboard=train.tensorboard,
+        wandb=None if train.wandb == "off" else train.wandb,
+        wandb_project=train.wandb_project or TrackPlan.wandb_project,
+    )
 
 
 def check_trainable(run: Run) -> None:

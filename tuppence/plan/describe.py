@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from tuppence.config import InitPlan, Interval, ModelPlan, OptimizerPlan, Plan, TasksPlan
-from tuppence.live import duration
+from tuppence.live import duration, threads
 from tuppence.plan.bill import KEPT_CHECKPOINTS
 from tuppence.plan.stages import shard_bytes
 
@@ -41,6 +41,16 @@ def _rates(plan: OptimizerPlan) -> str:
     apart = len({group.learning_rate for group in groups.values()}) > 1
     adam = f" (adamw beside it: {beside})" if apart else ""
     return f"{plan.name} {plan.learning_rate:.3g}{adam}, weight decay {plan.weight_decay:.3g}"
+
+
+def _stops(plan: Plan) -> str:
+    """What may end the run sooner."""
+    cadence, told = plan.cadence, []
+    if cadence.early_stop and plan.predicted.epochs > 1:
+        told.append("validation turns")
+    if cadence.target_loss is not None:
+        told.append(f"val loss is {cadence.target_loss:g}")
+    return f"; stops early if {' or '.join(told)}" if told else ""
 
 
 def plan_text(plan: Plan) -> str:
@@ -80,7 +90,8 @@ def plan_text(plan: Plan) -> str:
         ),
         (
             "length",
-            f"{between(told.steps)} steps, {told.tokens.mid:,.0f} tokens, {told.epochs:.1f} epochs",
+            f"{between(told.steps)} steps, {told.tokens.mid:,.0f} tokens, {told.epochs:.1f} epochs"
+            + _stops(plan),
         ),
         ("time", f"{duration(told.hours.mid * 3600)}: " + _phases(told.phase_seconds)),
         ("dollars", "$" + between(told.usd, ".4f")),
@@ -114,7 +125,7 @@ def _tasks(tasks: TasksPlan) -> str:
 def _processes(plan: Plan) -> str:
     """Ranks and what each has of the machine, and how the model lies on them."""
     ranks, machine = plan.step.ranks, plan.machine
-    each = f"{machine.threads} threads" if machine.device == "cpu" else "a GPU"
+    each = threads(machine.threads) if machine.device == "cpu" else "a GPU"
     if ranks == 1:
         return each if machine.device == "cpu" else "one GPU"
     nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""

@@ -19,6 +19,7 @@ from tuppence.config import (
 from tuppence.plan import cost, loss
 from tuppence.plan.asked import limit_seconds, optimizer_of
 from tuppence.plan.hardware import Calibration, Timing, shape_key
+from tuppence.plan.looks import looks
 from tuppence.plan.memory import cpu_activation_bytes
 from tuppence.plan.shapes import divisors, expected_flops, planned_shape
 from tuppence.plan.spread import (
@@ -248,7 +249,10 @@ def predict(
     limit = limit_seconds(budget, machine.usd_per_hour)
     spread = ROOFLINE_SPREAD if basis == "roofline" else MEASURED_SPREAD
     prepare = _prepare_seconds(data)
-    fast, mid, slow = (_run_at(f, limit, step, cadence, tasks, units, prepare) for f in spread)
+    each = step.batch_tokens / data.train_tokens
+    fast, mid, slow = (
+        _run_at(f, limit, step, cadence, tasks, units, prepare, epochs=each) for f in spread
+    )
     seconds = [factor * units.step for factor in spread]
     rates = [step.batch_tokens / s for s in reversed(seconds)]
     peak_flops = machine.peak_tflops * 1e12
@@ -319,10 +323,14 @@ def _run_at(
     tasks: TasksPlan | None,
     units: UnitSeconds,
     prepare: float,
+    *,
+    epochs: float,
 ) -> _Outcome:
-    """The run if computing takes `factor` times what is expected, within `limit` seconds.
+    """The run if computing takes `factor` times what is expected, within `limit` seconds. A step is
+    so many `epochs`.
 
-    Tasks come with an evaluation of the loss, and all come once more at the end.
+    Tasks come with an evaluation of the loss, and all come once more at the end. Evaluations that
+    only look whether validation has turned do not sample.
     """
     one_step = units.step * factor
     one_eval = _eval_seconds(cadence, units) * factor
@@ -340,15 +348,19 @@ def _run_at(
     ends = units.startup + prepare + cadence.finish_seconds + last
     steps = math.inf if step.max_steps is None else step.max_steps
     left = limit - ends - by_progress * (one_eval + units.save)
-    steps = min(steps, _fitting(left, one_step + side))
+    one_look = cadence.eval_tokens * units.eval_token * factor
+    most = min(steps, _fitting(left, one_step + side))
+    seen = looks(cadence.eval_growth, epochs=most * epochs, marks=by_progress)
+    steps = min(steps, _fitting(left - seen * (one_look + units.save), one_step + side))
     evals = by_progress + multiples(steps - 1, every)
     between = (run_seconds(tasks, steps) - run_seconds(tasks, 1)) * factor
     phases = {
         "provision": units.startup,
         "prepare": prepare,
         "train": steps * one_step,
-        "evaluate": evals * one_eval + last + between,
-        "save": evals * units.save + cadence.finish_seconds,  # each better evaluation saves
+        "evaluate": evals * one_eval + seen * one_look + last + between,
+        # each better evaluation saves
+        "save": (evals + seen) * units.save + cadence.finish_seconds,
     }
     return _Outcome(steps, phases)
 

@@ -12,7 +12,7 @@ from tuppence.config import (
     TasksPlan,
     Warning,
 )
-from tuppence.plan import loss
+from tuppence.plan import looks, loss
 from tuppence.plan.asked import limit_seconds
 from tuppence.plan.tasks import too_much
 
@@ -69,6 +69,12 @@ def notices(
         ),
         (dear is not None, "tasks_share", dear or ""),
         (
+            _late(cadence, predicted.epochs),
+            "turn_late",
+            "too few evaluations are affordable to see soon that the run over-fits: smaller "
+            "train.eval_tokens make more of them",
+        ),
+        (
             not data.exact,
             "data_estimated",
             "the corpus is not prepared yet: its token counts are estimates from a sample",
@@ -99,3 +105,11 @@ def notices(
         ),
     ]
     return [Warning(code, message) for found, code, message in cases if found]
+
+
+def _late(cadence: CadencePlan, epochs: float) -> bool:
+    """Whether many epochs pass in between. Who gives `train.eval_every` looks as often as that."""
+    if not cadence.early_stop or cadence.eval_every_steps is not None:
+        return False
+    growth = cadence.eval_growth
+    return epochs > 2 * loss.FEW_EPOCHS and (growth is None or growth > looks.LATE_GROWTH)

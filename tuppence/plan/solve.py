@@ -24,7 +24,7 @@ from tuppence.config import (
     TasksPlan,
 )
 from tuppence.errors import DoesNotFit, UserError
-from tuppence.plan import laws, loss
+from tuppence.plan import laws, looks, loss
 from tuppence.plan.asked import (
     batch_sequences,
     check_budget,
@@ -38,6 +38,7 @@ from tuppence.plan.asked import (
     solve_model,
     solve_optimizer,
     solve_schedule,
+    solve_track,
 )
 from tuppence.plan.cost import Shape
 from tuppence.plan.estimate import (
@@ -148,6 +149,7 @@ def solve(
             *export_warnings(run.model),
         ),
         tasks=tasks,
+        track=solve_track(run.train),
     )
 
 
@@ -307,6 +309,15 @@ def _solve_cadence(
     )
     fixed = int(FIXED_SHARE * seconds / FIXED_ROWS / units.sample_token)
     fixed = min(FIXED_TOKENS, fixed if train.sample_tokens is None else train.sample_tokens)
+    early_stop = train.early_stop is not False
+    growth = None
+    if train.eval_every is None and (early_stop or train.target_loss is not None):
+        growth = looks.growth_for(
+            tokens * units.eval_token + units.save,
+            epochs=seconds / units.step * step.batch_tokens / data.train_tokens,
+            marks=count,
+            seconds=seconds,
+        )
     return CadencePlan(
         eval_every_steps=train.eval_every,
         eval_every_progress=None if train.eval_every else 1 / count,
@@ -322,6 +333,9 @@ def _solve_cadence(
         sample_prompt=train.sample_prompt,
         sample_tokens=samples if train.sample_tokens is None else train.sample_tokens,
         fixed_tokens=fixed,
+        eval_growth=growth,
+        early_stop=early_stop,
+        target_loss=train.target_loss,
     )
 
 

@@ -26,6 +26,7 @@ from tuppence.evals.score import NotFinite
 from tuppence.evals.subject import Subject, identity_of, of_run
 from tuppence.evals.told import line
 from tuppence.ranks import ALONE, Ranks
+from tuppence.train import turning
 from tuppence.train.pace import OVERRUN
 from tuppence.train.saving import save, stop_if_asked
 from tuppence.train.setup import Trainer
@@ -47,7 +48,10 @@ def evaluate(trainer: Trainer, *, deadline: float) -> None:
             message = "the budget left no time for one batch of the evaluation"
             trainer.folder.event("eval_skipped", message, step=trainer.state.step)
             return
-        state = replace(trainer.state, evaluation_due=False)
+        state = replace(trainer.state, evaluation_due=False, evaluated_tokens=trainer.state.tokens)
+        whole = result.tokens == result.of_tokens  # a part is not compared with the whole
+        if whole and math.isfinite(result.loss):
+            state = turning.seen(state, result.loss, epoch_tokens=trainer.plan.data.train_tokens)
         if not math.isfinite(result.loss):  # the weights are broken: the guard's next steps tell
             _not_finite(trainer, f"val loss {result.loss}")
             trainer.state = state
@@ -56,14 +60,15 @@ def evaluate(trainer: Trainer, *, deadline: float) -> None:
         row = _told(trainer, result)
         before = time.monotonic()
         if tasks := _tasks(trainer, deadline):
-            trainer.folder.append("evals", {**row, **tasks, "usd": trainer.meter.usd()})
+            trainer.record("evals", {**row, **tasks, "usd": trainer.meter.usd()})
         started += time.monotonic() - before  # tasks are reckoned apart
         trainer.state = state
-        _sample(trainer, deadline)
-    if math.isinf(deadline):  # one that was not cut short says what the last one will take
+        if state.sample_due or state.finished:
+            _sample(trainer, deadline)
+    if math.isinf(deadline) and state.sample_due:
+        # one that was not cut short says what the last one will take
         trainer.pace.evaluation_took(time.monotonic() - started)
     trainer.lead.forget()
-    whole = result.tokens == result.of_tokens  # a part is not compared with the whole
     if state.best_val_loss is None or (whole and result.loss < state.best_val_loss):
         trainer.state = replace(state, best_step=state.step, best_val_loss=result.loss)
         save(trainer)
@@ -81,10 +86,11 @@ def _told(trainer: Trainer, result: Evaluation) -> Document:
     """The evaluation's row, written and said at once: tasks may take long."""
     state = trainer.state
     row = {"step": state.step, "attempt": state.attempt, "split": "val", "loss": result.loss}
-    row |= {"bpb": result.bpb, "tokens": result.tokens, "of_tokens": result.of_tokens}
+    row |= {"error": result.error, "bpb": result.bpb}
+    row |= {"tokens": result.tokens, "of_tokens": result.of_tokens}
     row |= {"progress": state.progress, "usd": trainer.meter.usd(), "seconds": result.seconds}
     row |= trainer.measure
-    trainer.folder.append("evals", row)
+    trainer.record("evals", row)
     bits = f" ({result.bpb:.4f} bits/byte)" if result.bpb is not None else ""
     trainer.live.say(f"step {state.step:,}: val loss {result.loss:.4f}{bits}")
     return row
@@ -290,7 +296,7 @@ def _sample(trainer: Trainer, deadline: float) -> None:
             _subject(trainer), new_tokens=cadence.fixed_tokens, deadline=deadline, ranks=speakers
         )
         for row in said.rows:
-            trainer.folder.append("samples", {**_at(trainer), "fixed": True, **row})
+            trainer.record("samples", {**_at(trainer), "fixed": True, **row})
     trainer.at("evaluate")
 
 
@@ -310,7 +316,7 @@ def _continue(trainer: Trainer, deadline: float, ranks: Ranks) -> None:
     )
     row = {"prompt": tokenizer.decode(trainer.prompt), "text": tokenizer.decode(ids)}
     said = {**_at(trainer), **row, "temperature": 0.8, "seed": plan.step.seed}
-    trainer.folder.append("samples", said)
+    trainer.record("samples", said)
 
 
 def _at(trainer: Trainer) -> Document:

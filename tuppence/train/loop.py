@@ -28,10 +28,13 @@ from tuppence.files import file_sha256
 from tuppence.folder import RunFolder
 from tuppence.ledger import Meter
 from tuppence.live import Live, duration
+from tuppence.plan.looks import CALM_GROWTH
 from tuppence.plan.shapes import expected_flops
 from tuppence.ranks import ALONE, Ranks, is_cut_off
+from tuppence.train import annealing
 from tuppence.train.draws import keys_of, recurrence_of
 from tuppence.train.feed import Batch
+from tuppence.train.gauges import peak_gib
 from tuppence.train.guard import BAD_STEPS, Window
 from tuppence.train.interrupt import Interrupt
 from tuppence.train.judging import evaluate, taste
@@ -39,10 +42,11 @@ from tuppence.train.pace import Turn, finish_seconds
 from tuppence.train.preflight import preflight
 from tuppence.train.rewinding import rewind, rewinds_of
 from tuppence.train.saving import ready_to_save, save, saved, stop_if_asked
-from tuppence.train.schedule import factor
 from tuppence.train.setup import START_SECONDS, Place, Trainer, set_up
 from tuppence.train.step import MicroBatch, StepResult, micro_batches, train_step
 from tuppence.train.suites import is_due
+from tuppence.train.tracking import closing_seconds
+from tuppence.train.turning import suspected
 from tuppence.train.watchdog import Watchdog
 
 TELLING_PROGRESS = 0.05  # before it the plan knows better than the run how long it takes
@@ -105,12 +109,13 @@ def train(
             try:
                 _run(trainer)
             finally:
-                trainer.feed.close()
+                trainer.close()
         except RuntimeError as error:
             if isinstance(error, Fault) or ranks.world == 1 or not is_cut_off(error):
                 raise
             raise Fault(_cut_off(folder, error)) from error
-    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), _peak_gib(plan))
+    peak = peak_gib(plan.machine.device)
+    return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), peak)
 
 
 def _preflight(plan: Plan, place: Place) -> None:
@@ -139,15 +144,18 @@ def _cut_off(folder: RunFolder, error: RuntimeError) -> str:
 def _run(trainer: Trainer) -> None:
     """Every step that is left, and the end."""
     if trainer.state.evaluation_due and not trainer.state.finished:  # a signal put it off
-        evaluate(trainer, deadline=math.inf)
+        _evaluate(trainer)
     ready, first, half = False, trainer.state.step, (1 + trainer.state.progress) / 2
-    while not trainer.state.finished and (turn := trainer.lead.next(trainer.state.step)):
+    while not trainer.state.finished and (turn := _next(trainer)):
         before = trainer.state.progress
         _step(trainer, turn)
         if not ready:
             ready_to_save(trainer)
             ready = True
         if trainer.state.bad_steps >= BAD_STEPS:
+            if trainer.state.anneal is not None:
+                annealing.give_up(trainer)
+                break
             rewind(trainer)
             continue
         stop_if_asked(trainer)
@@ -158,10 +166,21 @@ def _run(trainer: Trainer) -> None:
         if trainer.pace.timed and due:
             taste(trainer)
         if trainer.state.evaluation_due:
-            evaluate(trainer, deadline=math.inf)
+            _evaluate(trainer)
         elif trainer.state.bad_steps == 0 and trainer.lead.save_due(trainer.state.step):
             save(trainer)  # within bad steps it would push older weights, the way back, out
     _finish(trainer)
+
+
+def _evaluate(trainer: Trainer) -> None:
+    """In the middle of a run, which may be over with that."""
+    evaluate(trainer, deadline=math.inf)
+    annealing.stop_if_over(trainer)
+
+
+def _next(trainer: Trainer) -> Turn | None:
+    state = trainer.state
+    return annealing.turn_of(state, trainer.lead.next(state.step))
 
 
 # ---------------------------------------------------------------- a step
@@ -175,7 +194,7 @@ def _step(trainer: Trainer, turn: Turn) -> None:
     trainer.at("data")
     tokens_sha, batch = _batch(trainer, rewinds.batch(state.step))
     waited = trainer.feed.waited
-    rate_factor = factor(turn.progress, plan.schedule)
+    rate_factor = annealing.rate_factor(state, turn, plan.schedule)
     result = train_step(
         trainer.workers,
         trainer.optimizers,
@@ -200,9 +219,12 @@ def _step(trainer: Trainer, turn: Turn) -> None:
         bad_steps=0 if result.updated else state.bad_steps + 1,
         losses=window.losses,
         norms=window.norms,
+        loss_sum=state.loss_sum + (result.loss if result.updated else 0.0),
+        loss_count=state.loss_count + result.updated,
     )
-    due = _due_evaluation(trainer, state.progress)
-    trainer.state = replace(trainer.state, evaluation_due=due)
+    mark = _at_a_mark(trainer, state.progress)
+    due = _due_evaluation(trainer, mark)
+    trainer.state = replace(trainer.state, evaluation_due=due, sample_due=mark)
     _log(trainer, result, plan.optimizer.learning_rate * rate_factor, seconds, waited)
 
 
@@ -235,11 +257,23 @@ def _taken(trainer: Trainer, number: int) -> Batch:
     return feed.take()
 
 
-def _due_evaluation(trainer: Trainer, previous: float) -> bool:
-    """Whether this step crossed a mark. The end of the run has an evaluation of its own."""
-    cadence, state = trainer.plan.cadence, trainer.state
-    if not trainer.lead.room_to_evaluate(state.step):
+def _due_evaluation(trainer: Trainer, mark: bool) -> bool:
+    """Whether to evaluate after this step. The end of the run has an evaluation of its own."""
+    state = trainer.state
+    if state.anneal is not None or not trainer.lead.room_to_evaluate(state.step):
         return False
+    if mark:
+        return True
+    growth, epoch = trainer.plan.cadence.eval_growth, trainer.plan.data.train_tokens
+    if growth is None or state.tokens <= epoch:
+        return False
+    growth = growth if suspected(state.points) else max(growth, CALM_GROWTH)
+    return state.tokens >= growth * state.evaluated_tokens
+
+
+def _at_a_mark(trainer: Trainer, previous: float) -> bool:
+    """Whether this step crossed one of the run's own marks, at which it also speaks."""
+    cadence, state = trainer.plan.cadence, trainer.state
     if any(is_due(suite.plan, state.step) for suite in trainer.suites):
         return True  # tasks come with a val loss
     if cadence.eval_every_steps is not None:
@@ -254,27 +288,30 @@ def _log(
 ) -> None:
     plan, state, meter = trainer.plan, trainer.state, trainer.meter
     rate = plan.step.batch_tokens / seconds
-    flops = expected_flops(plan.model) * trainer.pace.work(state.step - 1)
+    work = trainer.pace.work(state.step - 1)
+    flops = expected_flops(plan.model) * work
     mfu = rate * flops / (plan.machine.peak_tflops * 1e12)
     usd = meter.usd()
-    trainer.folder.append(
-        "metrics",
-        {
-            "step": state.step,
-            "attempt": state.attempt,
-            "tokens": state.tokens,
-            "loss": result.loss if math.isfinite(result.loss) else None,
-            "lr": learning_rate,
-            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
-            "step_seconds": seconds,
-            "data_wait": waited,
-            "tokens_per_second": rate,
-            "mfu": mfu,
-            "usd": usd,
-            "progress": state.progress,
-            "tokens_sha": state.tokens_sha,
-        },
-    )
+    row = {
+        "step": state.step,
+        "attempt": state.attempt,
+        "tokens": state.tokens,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "lr": learning_rate,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+        "step_seconds": seconds,
+        "data_wait": waited,
+        "tokens_per_second": rate,
+        "mfu": mfu,
+        "memory_gib": trainer.gauges.memory_gib,
+        "usd": usd,
+        "hours": meter.seconds() / 3600,
+        "progress": state.progress,
+        "tokens_sha": state.tokens_sha,
+    }
+    trainer.record("metrics", row)
+    trainer.gauges.seen(row, work=work)
+    trainer.gauges.judged(state.points)
     budget = f"${usd:.4f}" + (f" of ${plan.budget.usd:g}" if plan.budget.usd else "")
     left = plan.predicted.hours.mid * 3600 - meter.seconds()
     if state.progress > TELLING_PROGRESS:
@@ -306,16 +343,10 @@ def _finish(trainer: Trainer) -> None:
     saved(trainer)  # and then judged with the time that is left
     stop_if_asked(trainer, now=True)
     left = trainer.pace.seconds_left() - finish_seconds(trainer.plan, trainer.state.step)
+    left -= closing_seconds(trainer.plan.track)
     left -= trainer.pace.step_seconds()  # a batch or a token more than the deadline allows
     evaluate(trainer, deadline=time.monotonic() + trainer.ranks.leads(left))
     saved(trainer)
     if trainer.state.best_step is None:  # never evaluated: what there is is the best
         trainer.saver.point("best", trainer.state.step)
         saved(trainer)
-
-
-def _peak_gib(plan: Plan) -> float | None:
-    """The most memory the run has held: the card's on a GPU, else the process's."""
-    if plan.machine.device == "cuda":
-        return torch.cuda.max_memory_reserved() / 2**30
-    return host.peak_rss_gib()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tuppence.config import Plan
 from tuppence.ledger import Meter
 from tuppence.plan.tasks import FIXED_ROWS
+from tuppence.train.tracking import closing_seconds
 
 RECENT_STEPS = 30
 CAUTION = 1.3  # a following step is counted on only if it may take this much longer than usual
@@ -25,7 +26,7 @@ HELD_BACK = 0.002  # share of a time budget kept for what the reserve's estimate
 MOST_UPLOAD_SECONDS = 60.0  # kept back for a bucket that is slow or away
 GUESSED, MEASURED = 1.1, 1.05  # times what the end is expected to take is kept for it
 OVERRUN = 2.0  # of what tasks are expected to take, that they may take
-RECEIPT_STEP_SECONDS = 1.5e-5  # to read a step's row again for the receipt
+RECEIPT_STEP_SECONDS = 8e-6  # to read a step for the receipt, on a busy machine (bench/receipt.py)
 
 
 def finish_seconds(plan: Plan, steps: int) -> float:
@@ -103,6 +104,7 @@ class Pace:
         )
         upload = min(MOST_UPLOAD_SECONDS, self.upload_seconds)
         end = 1.5 * (self.save_seconds + upload) + GUESSED * evaluation + suites
+        end += closing_seconds(self.plan.track)
         return end + finish_seconds(self.plan, step) + held
 
     def _how_far_off(self) -> float:
@@ -137,6 +139,15 @@ class Pace:
         """Whether something that takes so long fits in before the last steps and the end."""
         left = self.seconds_left() - self.reserve(step)
         return left > 1.5 * seconds + 4 * self.step_seconds()
+
+    def steps_left(self, step: int) -> int:
+        """How many more steps fit in before the end, when so many are done."""
+        limits = []
+        if self.plan.step.max_steps is not None:
+            limits.append(self.plan.step.max_steps - step)
+        if self.timed:
+            limits.append(int((self.seconds_left() - self.reserve(step)) / self.step_seconds()))
+        return max(0, min(limits))
 
     def save_due(self, step: int) -> bool:
         """Whether to save when so many steps are done."""

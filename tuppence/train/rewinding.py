@@ -1,6 +1,7 @@
 """Going back to older weights, with other data, when skipping steps has not helped (guard.py)."""
 
 from dataclasses import replace
+from typing import Any
 
 from tuppence import checkpoint
 from tuppence.checkpoint import State
@@ -33,32 +34,59 @@ def rewind(trainer: Trainer) -> None:
         trainer.folder.event("stopped_by_guard", refusal, step=state.step)
         raise Fault(refusal)
     after = before.after(trouble, target)
-    there = _load(trainer, target)
-    trainer.state = replace(
-        there,
-        best_step=best,
-        best_val_loss=there.best_val_loss if best == there.best_step else None,
-        attempt=state.attempt,
-        began_seconds=state.began_seconds,
-        micro_batch=state.micro_batch,
-        finished=False,
-        evaluation_due=False,
-        bad_steps=0,
-        skipped_batches=after.skipped_batches,
-        rewound_steps=after.rewound_steps,
-        trouble_step=after.trouble_step,
-        back_to=after.back_to,
-    )
-    trainer.saved_step = target or -1
+    go_back(trainer, target, after, best)
     trainer.pace.work = work_of(trainer.plan, after.skipped_batches)
-    trainer.lead.forget()
     first, last = before.batch(target), before.batch(state.step) - 1
     message = (
         f"back from step {state.step} to step {target} ({trainer.skipped}); batches {first} to "
         f"{last} are left out"
     )
-    trainer.folder.event("rewind", message, step=target, from_step=state.step)
+    there = went_back(trainer, target)
+    trainer.folder.event("rewind", message, step=target, from_step=state.step, **there)
     trainer.live.say(message)
+
+
+def go_back(trainer: Trainer, step: int, rewinds: Rewinds, best: int | None) -> None:
+    """Weights, moments and state of a step, on every rank; `best` is the best step that is left.
+
+    What does not go back: who trains, since when, and what is remembered of rewinds.
+    """
+    now, there = trainer.state, _load(trainer, step)
+    trainer.state = replace(
+        there,
+        best_step=best,
+        best_val_loss=there.best_val_loss if best == there.best_step else None,
+        attempt=now.attempt,
+        began_seconds=now.began_seconds,
+        micro_batch=now.micro_batch,
+        finished=False,
+        evaluation_due=False,
+        bad_steps=0,
+        skipped_batches=rewinds.skipped_batches,
+        rewound_steps=rewinds.rewound_steps,
+        trouble_step=rewinds.trouble_step,
+        back_to=rewinds.back_to,
+    )
+    trainer.saved_step = step or -1
+    trainer.lead.forget()
+
+
+def went_back(trainer: Trainer, step: int) -> dict[str, Any]:
+    """What an event says of a run that went back to `step`: where in the lines of the folder, and
+    since when what was trained is thrown away."""
+    meter, attempt = trainer.meter, trainer.state.attempt
+    until = {"back_to": step, "saved_at": trainer.state.saved_at}
+    return {**until, "usd": meter.usd(), "attempt": attempt}
+
+
+def drop_later(folder: RunFolder, step: int) -> int | None:
+    """Nothing newer than `step` is a way back any more; the best step that is left. The lead's."""
+    checkpoint.drop_later(folder, step)
+    if step:
+        path = folder.checkpoints / checkpoint.name_of(step)
+        checkpoint.mend_pointers(folder, path, checkpoint.state_of(path))
+    best = checkpoint.pointer(folder, "best")
+    return best.step if best else None
 
 
 def _chosen(
@@ -70,16 +98,11 @@ def _chosen(
     steps = [checkpoint.step_of(path) for path in checkpoint.complete(folder)]
     there = [step for step in steps if _foreseen(trainer, step)]
     targets = before.targets(trouble, there)
-    target = next((step for step in targets if step == 0 or _sound(folder, step)), None)
-    if target is not None:
-        checkpoint.drop_later(folder, target)
-    if target:
-        path = folder.checkpoints / checkpoint.name_of(target)
-        checkpoint.mend_pointers(folder, path, checkpoint.state_of(path))
-    best = checkpoint.pointer(folder, "best")
+    target = next((step for step in targets if step == 0 or is_sound(folder, step)), None)
+    best = None if target is None else drop_later(folder, target)
     rate = trainer.plan.optimizer.learning_rate
     refusal = before.refusal(trouble, steps, learning_rate=rate)
-    return target, best.step if best else None, refusal
+    return target, best, refusal
 
 
 def _foreseen(trainer: Trainer, step: int) -> bool:
@@ -89,7 +112,7 @@ def _foreseen(trainer: Trainer, step: int) -> bool:
     return trainer.pace.timed or (every is not None and step % every == 0)
 
 
-def _sound(folder: RunFolder, step: int) -> bool:
+def is_sound(folder: RunFolder, step: int) -> bool:
     """Whether a checkpoint is what was written, and every weight in it finite."""
     path = folder.checkpoints / checkpoint.name_of(step)
     try:

@@ -1,5 +1,6 @@
 """What a run needs before its first step: the model on its ranks, the newest checkpoint in it."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tuppence.errors import DoesNotFit, UserError
 from tuppence.evals import identity
 from tuppence.folder import RunFolder
 from tuppence.hub.load import load_into
-from tuppence.ledger import Meter
+from tuppence.ledger import Meter, worked
 from tuppence.live import Live
 from tuppence.model import Family, build
 from tuppence.model.documents import document_end
@@ -25,6 +26,7 @@ from tuppence.ranks import Ranks
 from tuppence.tokenizer.spec import Tokenizer, load_tokenizer
 from tuppence.train.draws import work_of
 from tuppence.train.feed import Feed
+from tuppence.train.gauges import Gauges
 from tuppence.train.interrupt import Interrupt
 from tuppence.train.lead import Lead
 from tuppence.train.optim import optimizers_of
@@ -32,6 +34,7 @@ from tuppence.train.pace import Pace
 from tuppence.train.parallel import Parallel, recompute
 from tuppence.train.rehearsal import rehearse, sizes
 from tuppence.train.suites import Suite, load
+from tuppence.train.tracking import Tracker, trackers
 from tuppence.train.watchdog import Watchdog
 from tuppence.workers import Workers
 
@@ -94,6 +97,8 @@ class Trainer:
     prompt: list[int]
     suites: list[Suite]
     measure: dict[str, Any]
+    gauges: Gauges
+    trackers: list[Tracker]
     state: State
     saved_step: int = -1
     skipped: str = ""
@@ -107,6 +112,21 @@ class Trainer:
     def ranks(self) -> Ranks:
         """This process among its peers."""
         return self.place.ranks
+
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Append a line of metrics, evals or samples, and tell whoever else follows the run."""
+        self.folder.append(name, row)
+        for tracker in self.trackers:
+            tracker.tell(name, row)
+
+    def close(self) -> None:
+        """Nothing more comes: end the threads that feed and tell."""
+        self.feed.close()
+        if self.trackers:
+            with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+                self.meter.switch("save")
+        for tracker in self.trackers:
+            tracker.close()
 
     def at(self, where: str, *, long: bool = False) -> None:
         """Tell the watchdog. What compiles or allocates may take `long`: an attempt's first step,
@@ -178,6 +198,8 @@ def set_up(
         prompt=prompt,
         suites=load(plan, tokenizer, say=live.say),
         measure=measure,
+        gauges=Gauges(plan, folder, live.say, silent=not ranks.lead),
+        trackers=trackers(plan, folder, live.say, step=state.step) if ranks.lead else [],
         state=replace(state, attempt=place.attempt, micro_batch=micro),
         saved_step=state.step if state.step else -1,
     )
@@ -323,7 +345,7 @@ def _comparable(place: Place, state: State, measure: dict[str, Any]) -> State:
         return state
     message = f"the best loss so far, of step {state.best_step}, is not compared: {found}"
     place.folder.event("best_not_comparable", message, step=state.best_step)
-    return replace(state, best_val_loss=None)
+    return replace(state, best_val_loss=None, points=())
 
 
 def _say_start(plan: Plan, place: Place) -> None:
@@ -344,13 +366,13 @@ def _say_packing(place: Place, built: _Built, device: str) -> None:
 
 def _say_resume(place: Place, state: State) -> str:
     """Record from where, and what of the attempt before is lost: steps, and what they cost."""
-    rows = place.folder.latest("metrics")
-    lost = [row for row in rows if row["step"] > state.step]
-    paid = max((row["usd"] for row in rows if row["step"] <= state.step), default=0.0)
-    usd = lost[-1]["usd"] - paid if lost else 0.0
+    lost = [row for row in place.folder.latest("metrics") if row["step"] > state.step]
+    bill = (row for row in place.folder.rows("ledger") if row["attempt"] == place.attempt - 1)
+    usd = worked(bill, state.saved_at).usd if lost else 0.0
     message = f"from step {state.step}"
     if lost:
-        message += f"; {len(lost)} steps after it (${usd:.4f}) are lost and done again"
+        steps, are = ("one step", "is") if len(lost) == 1 else (f"{len(lost)} steps", "are")
+        message += f"; {steps} after it (${usd:.4f}) {are} lost and done again"
     details = {"step": state.step, "saved_at": state.saved_at, "lost_steps": len(lost)}
     place.folder.event("resume", message, attempt=place.attempt, lost_usd=usd, **details)
     return f"resuming {message} (attempt {place.attempt})"
