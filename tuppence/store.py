@@ -101,11 +101,11 @@ class Store:
         """Every object's size by its name."""
         return {name: entry.bytes for name, entry in self.entries(under).items()}
 
-    def entries(self, under: str = "") -> dict[str, Entry]:
-        """Every object by its name."""
+    def entries(self, under: str = "", *, depth: int | None = None) -> dict[str, Entry]:
+        """Every object by its name, or those not deeper than `depth` below `under`."""
         with self._told("list"):
             try:
-                found = self._fs.find(self._path(under), detail=True)
+                found = self._fs.find(self._path(under), maxdepth=depth, detail=True)
             except FileNotFoundError:
                 return {}
         cut = len(self._root) + 1

@@ -31,6 +31,7 @@ from tuppence.bucket.layout import (
     step_of,
     weights_sha256,
 )
+from tuppence.bucket.looking import Onlooker, bring, runs_below
 from tuppence.errors import Fault, UserError
 from tuppence.files import file_sha256, locked
 from tuppence.folder import RunFolder, write_text
@@ -93,7 +94,9 @@ def fetched(url: str, which: str | None = "best") -> RunFolder:
         folder = RunFolder(local_root(runs) / "fetched" / name)
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.file(".lock"), on_wait=lambda: None):
-            _bring_documents(folder, remote, head)
+            there = store.entries(head)
+            found = {name: there.get(f"{head}/{name}") for name in remote.documents(head)}
+            bring(folder, store, head, {name: one for name, one in found.items() if one})
             if which is not None:
                 _bring_asked(folder, remote, head, which)
             elif best := remote.read(f"{head}/checkpoints/best.json"):
@@ -102,13 +105,19 @@ def fetched(url: str, which: str | None = "best") -> RunFolder:
     return folder
 
 
+def onlooker(url: str, *, brief: bool = False) -> Onlooker:
+    """A run on a bucket, to be looked at again and again; `brief` is for a list of runs."""
+    runs, _, name = url.rstrip("/").rpartition("/")
+    place = local_root(runs) / ("listed" if brief else "watched") / name
+    return Onlooker(url, place, brief=brief)
+
+
 def names(url: str) -> list[str]:
     """The runs on a bucket."""
     store = Store(url)
     store.reach()
     with _one_line(url):
-        there = store.folders()
-        return [name for name in there if store.read(f"{name}/{OWNER}") is not None]
+        return runs_below(store)
 
 
 def _close(name: str, runs: str) -> str:
