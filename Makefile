@@ -7,8 +7,8 @@ BIN := .venv/bin
 run: .venv/run                      ## two cents: train a GPT on tiny Shakespeare, print its receipt
 	$(BIN)/tuppence run
 
-test: .venv/dev                     ## every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/dev                     ## every test that this machine can run, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/dev                    ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -32,6 +32,9 @@ bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, 
 	$(BIN)/python bench/fit_loss.py --leave-out size
 	$(BIN)/python bench/this_machine.py
 	$(BIN)/python bench/looped.py
+	$(BIN)/python bench/receipt.py
+	$(BIN)/python bench/watching.py
+	$(BIN)/python bench/early_stop.py
 	$(BIN)/python bench/time_to_loss.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOCHAT),--nanochat $(NANOCHAT))
 	$(if $(CORPUS),$(BIN)/python bench/families.py --corpus $(CORPUS) $(if $(NANOCHAT),--nanochat $(NANOCHAT)))
 

@@ -410,7 +410,8 @@ def test_the_receipt_is_rendered_from_the_folder_alone(tuppence: Command, kept: 
     told = tuppence("receipt", "shakespeare", "--json").document
     assert told == json.loads(before["receipt.json"])
     assert contents(kept) == before
-    assert tuppence("receipt", str(kept)).out.startswith("receipt   shakespeare: spent 5 steps")
+    shown = tuppence("receipt", str(kept)).out
+    assert shown.startswith("receipt   shakespeare: spent 5 of 5 steps")
 
 
 def test_eval_and_sample(tuppence: Command, kept: Path) -> None:

@@ -16,7 +16,7 @@ LAYERS = {
     1: ["plan", "tokenizer", "text", "data", "folder", "ledger", "origin"],
     2: ["model", "recipes"],
     3: ["checkpoint", "bucket", "evals", "workers", "ranks", "hub"],
-    4: ["train", "report"],
+    4: ["train", "report", "watch", "compare"],
     5: [
         "environment",
         "corpus",
@@ -25,6 +25,8 @@ LAYERS = {
         "planning",
         "preparing",
         "evaluating",
+        "watching",
+        "comparing",
         "asking",
         "subjects",
         "drill",
@@ -38,6 +40,8 @@ APART = [
     {"plan", "data"},
     {"plan", "text"},
     {"train", "report"},
+    {"train", "watch"},
+    {"train", "compare"},
 ]  # of one layer, and strangers to each other
 HEAVY = {  # what a part must not import, however late
     "plan": {"torch", "numpy", "pyarrow", "safetensors", "tokenizers", "tiktoken"},
@@ -46,8 +50,9 @@ HEAVY = {  # what a part must not import, however late
     "data": {"torch", "safetensors"},
     **{
         part: {"torch", "numpy"}
-        for part in ("report", "ledger", "folder", "config", "recipes", "origin", "bucket")
+        for part in ("ledger", "folder", "config", "recipes", "origin", "bucket")
     },
+    **{part: {"torch"} for part in ("report", "watch", "compare")},
     "assets": {"tuppence", "numpy"},  # what leaves the package stands alone
 }
 EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

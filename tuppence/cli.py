@@ -8,6 +8,7 @@ Nothing here imports torch; verbs.py does, in the verbs that need it.
 
 import argparse
 import errno
+import io
 import json
 import os
 import sys
@@ -35,17 +36,23 @@ RUN_VERBS = {
         "--tasks bpb,sample",
     ),
     "sample": ("let the trained model continue a prompt", '"ROMEO:" --tokens 300'),
+    "watch": (
+        "a live view of a run, here or on a bucket: loss, dollars, time left, what happened",
+        "",
+    ),
     "receipt": ("what was promised against what was paid", ""),
     "export": ("the trained model as a folder that transformers loads", "--to hf"),
     "drill": ("kill, tear, fill and poison a copy of the run: what survives?", ""),
 }
 PLAIN_VERBS = {
+    "compare": "runs side by side: losses and receipts, by tokens, hours and dollars",
     "import": "weights of others, to start a run from with train.init_from",
     "recipes": "the recipes there are, with what each one asks",
-    "runs": "the runs in the runs folder",
+    "runs": "the runs in a folder or on a bucket: running, finished, dead, and what each cost",
     "calibrate": "measure this machine: matmul ceiling, bandwidth, disk",
     "prices": "the price book: machines, prices, dates, and what is doubtful about them",
 }
+PLAIN_EXAMPLES = {"compare": "small wide", "import": "openai-community/gpt2"}
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
@@ -55,6 +62,8 @@ NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that a terminal has not
     try:
         args = _parse(words)
         from tuppence import verbs
@@ -139,11 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (text, example) in RUN_VERBS.items():
         _run_verb(verbs, verb, text, example)
     for verb, text in PLAIN_VERBS.items():
-        words = f"{verb} openai-community/gpt2" if verb == "import" else verb
+        words = f"{verb} {PLAIN_EXAMPLES.get(verb, '')}".rstrip()
         sub = verbs.add_parser(
             verb, help=text, description=text, epilog=f"example: tuppence {words}"
         )
         _common(sub)
+        if verb == "compare":
+            _compare_options(sub)
         if verb == "import":
             _import_options(sub)
         if verb == "prices":
@@ -210,6 +221,9 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     _common(sub)
     if verb == "receipt":
         return
+    if verb == "watch":
+        _watch_options(sub)
+        return
     if verb == "drill":
         sub.add_argument(
             "--steps", type=int, help="of each copy (some 30, fewer where one is slow)"
@@ -234,6 +248,20 @@ def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
     sub.add_argument("--top-k", type=int, default=200, help="draw from this many tokens (200)")
     sub.add_argument("--seed", type=int, default=1337, help="the same seed, the same text (1337)")
+
+
+def _compare_options(sub: argparse.ArgumentParser) -> None:
+    """Which runs, and where the page goes."""
+    sub.add_argument("names", metavar="RUN", nargs="+", help="two to eight: names, paths or URLs")
+    sub.add_argument("--out", metavar="FILE", help="the page (compare.html beside the first run)")
+
+
+def _watch_options(sub: argparse.ArgumentParser) -> None:
+    """How often, and how."""
+    sub.add_argument(
+        "--every", type=float, metavar="SECONDS", help="between looks (2; of a bucket 30)"
+    )
+    sub.add_argument("--once", action="store_true", help="one screen, and no more")
 
 
 def _prepare_options(sub: argparse.ArgumentParser) -> None:

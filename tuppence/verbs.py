@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
+import shlex
 import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tuppence import bucket, config, host, planning, recipes, report, subjects
+from tuppence import bucket, config, host, planning, recipes, subjects
 from tuppence.errors import UserError
 from tuppence.folder import RunFolder
-from tuppence.ledger import spent
 from tuppence.live import printable
 from tuppence.pipeline import (
     refuse_warnings,
@@ -94,7 +94,13 @@ def train(args: Namespace) -> Document:
 
 def run(args: Namespace) -> Document:
     """The main job: plan, prepare, train, evaluate, sample, receipt."""
-    folder, done = spend(args, finish=report.write)
+
+    def finish(folder: RunFolder) -> None:
+        from tuppence import report  # numpy and pyarrow, which the start of a run need not wait for
+
+        report.kept(folder)  # what hinders it is said where it is shown
+
+    folder, done = spend(args, finish=finish)
     if done:
         say(f"{folder.path} is finished; this is its receipt (--fresh starts over)")
     return _told(args, folder)
@@ -107,7 +113,11 @@ def receipt(args: Namespace) -> Document:
 
 def _told(args: Namespace, folder: RunFolder) -> Document:
     """Write the receipt and show it."""
-    told = report.write(folder)
+    from tuppence import report
+
+    told, why = report.kept(folder)
+    if why:
+        say(f"{folder.file('receipt.html')} and the files beside it are not renewed: {why}")
     if not args.json:
         print(report.as_text(told))
         name = told["name"]
@@ -115,7 +125,8 @@ def _told(args: Namespace, folder: RunFolder) -> Document:
             name = f"{args.runs.rstrip('/')}/{name}"
         elif bucket.is_url(getattr(args, "run", "")):
             name = args.run
-        print(f'more      {folder.file("receipt.html")}; tuppence sample {name} "a prompt"')
+        speak = f'tuppence sample {shlex.quote(name)} "a prompt"'
+        print(f"more      {folder.file('receipt.html')}; {speak}")
     return told
 
 
@@ -124,6 +135,13 @@ def evaluate(args: Namespace) -> Document:
     from tuppence import evaluating
 
     return evaluating.evaluate(args)
+
+
+def compare(args: Namespace) -> Document:
+    """Runs side by side."""
+    from tuppence import comparing
+
+    return comparing.compare(args)
 
 
 def sample(args: Namespace) -> Document:
@@ -238,37 +256,18 @@ def list_recipes(args: Namespace) -> Document:
     return {name: config.asked(recipe()) for name, recipe in known.items()}
 
 
-def _folders(args: Namespace) -> list[RunFolder]:
-    """The runs of the runs folder, newest last; of a bucket by name, without their weights."""
-    if bucket.is_url(args.runs):
-        root = args.runs.rstrip("/")
-        return [bucket.fetched(f"{root}/{name}", None) for name in bucket.names(root)]
-    found = Path(args.runs).glob("*/run.json")
-    return [RunFolder(p.parent) for p in sorted(found, key=lambda p: p.stat().st_mtime)]
+def watch(args: Namespace) -> Document:
+    """A live view of a run."""
+    from tuppence import watching
+
+    return watching.watch(args)
 
 
 def list_runs(args: Namespace) -> Document:
     """The runs of the runs folder, newest last."""
-    rows = []
-    for folder in _folders(args):
-        last = folder.latest("evals")[-1:]
-        ended = any(e["code"] == "end" for e in folder.rows("events"))
-        rows.append(
-            {
-                "name": folder.path.name,
-                "finished": ended,
-                "usd": spent(folder).usd,
-                "val_loss": last[0]["loss"] if last else None,
-            }
-        )
-    if not args.json:
-        for row in rows:
-            loss = f"val loss {row['val_loss']:.4f}" if row["val_loss"] is not None else ""
-            state = "finished" if row["finished"] else "unfinished"
-            print(f"{row['name']:24s} {state:10s} ${row['usd']:.4f}  {loss}")
-        if not rows:
-            print(f"no runs in {args.runs}/; tuppence run makes one")
-    return {"runs": rows}
+    from tuppence import watching
+
+    return watching.runs(args)
 
 
 def calibrate(args: Namespace) -> Document:
@@ -319,10 +318,12 @@ VERBS = {
     "eval": evaluate,
     "sample": sample,
     "receipt": receipt,
+    "compare": compare,
     "export": export,
     "drill": drill,
     "import": import_weights,
     "recipes": list_recipes,
+    "watch": watch,
     "runs": list_runs,
     "calibrate": calibrate,
     "prices": prices,
