@@ -49,10 +49,14 @@ SETTINGS = (
         (*shape("depth", 4, 256, 128), "train.learning_rate=0.02", "train.batch_tokens=4096"),
     ),
     Setting(
-        "gpt2 4 x 256, rate 0.002, batch 2048",
+        "depth 3 x 256, rate 0.005, batch 1024",
+        (*shape("depth", 3, 256, 128), "train.learning_rate=0.005", "train.batch_tokens=1024"),
+    ),
+    Setting(
+        "gpt2 6 x 256, rate 0.001, batch 1024",
         (
-            *shape("gpt2", 4, 256, 128),
-            *("train.optimizer=adamw", "train.learning_rate=0.002", "train.batch_tokens=2048"),
+            *shape("gpt2", 6, 256, 128),
+            *("train.optimizer=adamw", "train.learning_rate=0.001", "train.batch_tokens=1024"),
             "model.exportable=none",
         ),
     ),

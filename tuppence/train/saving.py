@@ -19,11 +19,13 @@ def save(trainer: Trainer) -> None:
     training; only the copy is waited for, and a save before that is not done yet."""
     if trainer.saved_step == trainer.state.step:
         return
-    trainer.at("save", long=True)  # the save before may still be written, on a slow disk
+    trainer.at("save")
     with trainer.meter.phase("save"):
+        trainer.at("save", long=True)  # the save before may still be written, on a slow disk
         trainer.state = replace(trainer.state, saved_at=time.time())
         weights, moments = trainer.parallel.weights(), trainer.parallel.moments(trainer.optimizers)
         trainer.saver.save(weights, moments, trainer.state)
+        trainer.at("save")  # a beat that hangs is no slow save
     trainer.pace.last_save = time.monotonic()
     trainer.saved_step = trainer.state.step
     trainer.lead.forget()
@@ -31,15 +33,17 @@ def save(trainer: Trainer) -> None:
 
 def saved(trainer: Trainer) -> None:
     """Wait until what was saved is on disk. Raises Fault on every rank where one could not."""
-    trainer.at("save", long=True)
+    trainer.at("save")
     error = None
     with trainer.meter.phase("save"):
+        trainer.at("save", long=True)
         try:
             trainer.saver.wait()
         except Fault as one:
             error = one
         if not trainer.ranks.all(error is None):
             raise error or Fault("another rank could not save; it says why")
+        trainer.at("save")
 
 
 def alive(trainer: Trainer) -> None:
