@@ -49,16 +49,20 @@ SETTINGS = (
         (*shape("depth", 4, 256, 128), "train.learning_rate=0.02", "train.batch_tokens=4096"),
     ),
     Setting(
-        "depth 3 x 256, rate 0.005, batch 1024",
-        (*shape("depth", 3, 256, 128), "train.learning_rate=0.005", "train.batch_tokens=1024"),
-    ),
-    Setting(
-        "gpt2 6 x 256, rate 0.001, batch 1024",
+        "gpt2 4 x 256, rate 0.002, batch 2048",
         (
-            *shape("gpt2", 6, 256, 128),
-            *("train.optimizer=adamw", "train.learning_rate=0.001", "train.batch_tokens=1024"),
+            *shape("gpt2", 4, 256, 128),
+            *("train.optimizer=adamw", "train.learning_rate=0.002", "train.batch_tokens=2048"),
             "model.exportable=none",
         ),
+    ),
+    Setting(
+        "the recipe, rate 0.02, batch 4096",
+        ("train.learning_rate=0.02", "train.batch_tokens=4096"),
+    ),
+    Setting(
+        "the recipe, rate 0.005, batch 2048",
+        ("train.learning_rate=0.005", "train.batch_tokens=2048"),
     ),
 )
 
