@@ -679,3 +679,16 @@ def test_smoothing_keeps_the_mean() -> None:
 def test_durations() -> None:
     words = {0.4: "0s", 42: "42s", 59.6: "1m00s", 185: "3m05s", 7800: "2h10m", 356400: "4d03h"}
     assert {seconds: duration(seconds) for seconds in words} == words
+
+
+@pytest.mark.parametrize(("paid", "inside"), [(0.0193, False), (0.0198, True), (0.02, True)])
+def test_a_budget_that_is_nearly_spent_is_what_was_promised(paid: float, inside: bool) -> None:
+    """The plan's own interval of a budget's dollars is no wider than its rounding."""
+    told = {
+        "finished": True,
+        "budget": {"kind": "usd", "limit": 0.02},
+        "predicted": {"usd": 0.019995},
+        "actual": {"usd": paid},
+        "intervals": {"usd": [0.019995, 0.019996]},
+    }
+    assert ("within the interval" in promise_mark(told, "usd")) == inside

@@ -244,8 +244,10 @@ def promise_mark(told: Document, key: str) -> str:
     if key not in told["intervals"]:
         return ""
     low, high = told["intervals"][key]
-    if low == high:  # the budget itself
+    if high - low < (1 - LEAST_SPENT) * promised:  # the budget itself
+        kind, limit = told["budget"]["kind"], told["budget"]["limit"]
         low = LEAST_SPENT * promised
+        high = promised * max(1.0, limit / told["predicted"].get(kind, limit))
     return mark(low, promised, high, paid)
 
 
