@@ -39,7 +39,7 @@ Series = Sequence[tuple[float, float]]
 
 AFTER, AROUND, LEAST = 3, 3, 8
 WINDOW, BACK = 16, 1.35
-VAL_SIGMAS, TRAIN_SIGMAS, SLOPE_SIGMAS = 1.5, 1.0, 2.5
+VAL_SIGMAS, TRAIN_SIGMAS, SLOPE_SIGMAS = 1.0, 1.0, 3.0
 LEAST_RISE, LEAST_GAP = 0.001, 0.1
 GRAIN = 1.01  # of points closer in tokens than this the lower one is kept: a state stays small
 
