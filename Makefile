@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check bench clean
+.PHONY: run test check sky bench clean
 
 run: .venv/run                      ## two cents: train a GPT on tiny Shakespeare, print its receipt
 	$(BIN)/tuppence run
@@ -14,6 +14,9 @@ check: .venv/dev                    ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sky: .venv/run                      ## SkyPilot, where `tuppence launch` looks for it; prints its Python
+	$(BIN)/python -c 'from tuppence.cloud import sky; print(sky.environment())'
 
 bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, NANOCHAT= add peers
 	$(BIN)/python bench/quickstart.py $(if $(NANOGPT),--nanogpt $(NANOGPT))

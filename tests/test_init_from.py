@@ -77,7 +77,7 @@ def tuppence(
     monkeypatch.setattr(host, "settle_threads", lambda threads: {})
     monkeypatch.setattr(host, "process_start", time.time)
     monkeypatch.setattr(pipeline, "device_of", lambda run: "cpu")
-    known = [calibration, None]
+    known = [calibration, None, None]
     solved = pipeline._solved
     for module in (spending, planning):
         monkeypatch.setattr(module, "solved", lambda run, data, **_: solved(run, data, *known))

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tuppence import __version__, host
+from tuppence import __version__, host, rented_options
 from tuppence.errors import DoesNotFit, Fault, UserError
 
 PLAN_EXAMPLES = """example: tuppence plan budget.usd=100 data.source=fineweb_edu
@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         _recipe_verb(verbs, verb, text, example)
     for verb, (text, example) in RUN_VERBS.items():
         _run_verb(verbs, verb, text, example)
+    rented_options.add_verbs(verbs, _common)
     for verb, text in PLAIN_VERBS.items():
         words = f"{verb} {PLAIN_EXAMPLES.get(verb, '')}".rstrip()
         sub = verbs.add_parser(
@@ -210,6 +211,8 @@ def _recipe_verb(verbs: Any, verb: str, text: str, example: str) -> None:
         _prepare_options(sub)
     if verb in ("run", "plan", "train"):
         sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")
+    if verb in ("run", "train"):  # what a rented machine tells: since when it is paid for
+        sub.add_argument("--held", metavar="FILE", help=argparse.SUPPRESS)
 
 
 def _run_verb(verbs: Any, verb: str, text: str, example: str) -> None:

@@ -30,6 +30,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Make a file that others wrote last through a power cut."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a small file: it is what it was or what it becomes, whatever happens meanwhile."""
     aside = path.with_name(f"{path.name}.tmp")

@@ -4,7 +4,8 @@
     heartbeat.json  the interval still open, and when it was last seen
 
 A killed process leaves its interval open; the next attempt closes it at the last heartbeat. Time in
-which no process ran is not charged. All times are seconds since the epoch.
+which no process ran is not charged, unless the machine is rented (`Held`): then all of it is, from
+its own start to its own end, and each second once. All times are seconds since the epoch.
 """
 
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 from tuppence.errors import Fault
 from tuppence.folder import RunFolder, gone_back
+from tuppence.held import Held
 from tuppence.host import process_space
 
 BEAT_SECONDS = 1.0
@@ -36,17 +38,27 @@ class Meter:
     """Charges the present attempt to the run's ledger. Use `with meter.phase(...)` inside it."""
 
     def __init__(
-        self, folder: RunFolder, *, usd_per_hour: float, attempt: int, start: float
+        self,
+        folder: RunFolder,
+        *,
+        usd_per_hour: float,
+        attempt: int,
+        start: float,
+        held: Held | None = None,
     ) -> None:
-        """Begin charging at `start` (before now: the process's own start) as provision."""
+        """Begin charging at `start` (before now: the process's own start) as provision; on a
+        machine that was `held` before it, from then on."""
         self.folder, self.usd_per_hour, self.attempt = folder, usd_per_hour, attempt
+        self.tail_seconds = held.tail_seconds if held else 0.0
         _close_abandoned(folder)
         rows = list(folder.rows("ledger"))
         last = max((row["end"] for row in rows), default=0.0)
         self.before = Spent(sum(r["end"] - r["start"] for r in rows), sum(r["usd"] for r in rows))
         self._epoch = time.time() - time.monotonic()  # immune to clock changes while it runs
-        self.start = self._since = max(start, last)
         self._phase = "provision"
+        self.start = self._since = max(held.since if held else start, last)
+        if held is not None:
+            self._before_process(held.phases(start), start)
         self._beaten = 0.0
         self.beat()
 
@@ -62,10 +74,15 @@ class Meter:
         return self.before.usd + max(0.0, self.now() - self.start) / 3600 * self.usd_per_hour
 
     def seconds_left(self, *, usd: float | None, hours: float | None) -> float:
-        """Seconds until the first of the two limits; infinite where there is none."""
+        """Seconds that this process may use until the first of the two limits; infinite where
+        there is none."""
         by_usd = (usd - self.usd()) / self.usd_per_hour * 3600 if usd is not None else float("inf")
         by_hours = hours * 3600 - self.seconds() if hours is not None else float("inf")
-        return min(by_usd, by_hours)
+        return min(by_usd, by_hours) - self.tail_seconds
+
+    def spent_at(self, *, usd: float | None, hours: float | None) -> float:
+        """When the first of the two limits is reached; infinite where there is none."""
+        return self.now() + self.seconds_left(usd=usd, hours=hours) + self.tail_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -94,11 +111,28 @@ class Meter:
         who = {"pid": os.getpid(), "space": process_space()}
         self.folder.write_beat({**self._interval(now), **who})
 
-    def close(self, *, allowance: float = 0.0) -> None:
-        """Stop charging; `allowance` seconds are charged in advance for what remains, as save."""
+    def close(self, *, allowance: float = 0.0, ended: bool = False) -> None:
+        """Stop charging; `allowance` seconds are charged in advance for what remains, as save.
+
+        Where the run has `ended`, a held machine's last seconds are charged too, as idle: no later
+        attempt will.
+        """
         self.switch("save")
-        self._append(self.now() + allowance)
+        end = max(self._since, self.now() + allowance)
+        self._append(end)
+        if ended:
+            self._since, self._phase = end, "idle"
+            self._append(end + self.tail_seconds)
         self.folder.forget_beat()
+
+    def _before_process(self, phases: list[tuple[str, float, float]], start: float) -> None:
+        """Charge what a held machine did before this process began at `start`. Where an earlier
+        attempt was charged for a part of it, it only waited since."""
+        waited = bool(phases) and self._since > phases[0][1]
+        for phase, begun, end in [("idle", self._since, start)] if waited else phases:
+            self._since, self._phase = max(self._since, begun), phase
+            self._append(end)
+        self._since, self._phase = max(self._since, start), "provision"
 
     def _append(self, end: float) -> None:
         if end > self._since:
@@ -114,6 +148,19 @@ class Meter:
             "usd": (end - self._since) / 3600 * self.usd_per_hour,
             "attempt": self.attempt,
         }
+
+
+def charge_idle(folder: RunFolder, held: Held, *, until: float) -> None:
+    """Charge a held machine whose trainer is gone, and could not: from its last sign of life."""
+    _close_abandoned(folder)
+    rows = [row for row in folder.rows("ledger") if row["end"] > held.since]
+    last = max(rows, key=lambda row: float(row["end"]), default=None)
+    if last is None or last["end"] >= until:
+        return
+    usd = (until - last["end"]) / 3600 * last["usd_per_hour"]
+    folder.append(
+        "ledger", {**last, "start": last["end"], "end": until, "phase": "idle", "usd": usd}
+    )
 
 
 def _close_abandoned(folder: RunFolder) -> None:

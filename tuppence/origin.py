@@ -66,6 +66,14 @@ def weights_of(where: str) -> Path:
     return RunFolder(Path(where)).checkpoints / _best(RunFolder(Path(where)))["path"]
 
 
+def is_here(where: str) -> bool:
+    """Whether this machine has the weights that `train.init_from` names."""
+    try:
+        return weights_of(where).exists()
+    except UserError:
+        return False
+
+
 def started(run: Run, begun: Run | None = None) -> Run:
     """The run with the keys of the weights it starts from.
 

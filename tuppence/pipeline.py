@@ -14,6 +14,7 @@ from tuppence import bucket, config, corpus, host, origin, recipes
 from tuppence.config import DataPlan, Interval, Plan, Run, TasksPlan, Train, Warning
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.folder import RunFolder, find
+from tuppence.held import Held
 from tuppence.plan import hardware
 from tuppence.plan.asked import check_budget, check_trainable, check_values, solve_track
 from tuppence.plan.solve import solve
@@ -35,7 +36,9 @@ def asked(args: Namespace) -> Run:
     words = list(args.words)
     spec = words.pop(0) if words and "=" not in words[0] else recipes.DEFAULT
     run = named(config.override(recipes.get(spec), words), spec)
-    run = origin.started(run, _begun(args, run))
+    where = run.train.init_from
+    if where is None or not host.rank() or origin.is_here(where):
+        run = origin.started(run, _begun(args, run))  # another node has them from the lead
     corpus.refuse_unprepared(run.data.source or "")
     check_values(run)
     check_trainable(run)
@@ -91,12 +94,18 @@ def threads_of(run: Run) -> int:
 
 
 def solved(
-    run: Run, data: DataPlan, *, spent_seconds: float | None = None, quick: float | None = None
+    run: Run,
+    data: DataPlan,
+    *,
+    spent_seconds: float | None = None,
+    quick: float | None = None,
+    held: Held | None = None,
 ) -> Plan:
     """The plan on this machine, measuring what was not measured before (a few seconds, once).
 
     `spent_seconds` is what was charged already, in place of the start-up a run usually takes. A
-    step that is expected to take longer than `quick` seconds is not measured.
+    step that is expected to take longer than `quick` seconds is not measured. A rented machine is
+    `held` before the process began, and after its end.
     """
     device, threads = device_of(run), threads_of(run)
     known = hardware.load_calibration(device, threads)
@@ -110,7 +119,7 @@ def solved(
         say("measuring this machine (once; tuppence calibrate repeats it)")
         known = calibrate.measure_machine(device, threads)
         hardware.save_calibration(known)
-    plan = _solved(run, data, known, spent_seconds)
+    plan = _solved(run, data, known, spent_seconds, held)
     slow = quick is not None and plan.predicted.step_seconds.mid > quick
     if plan.predicted.basis == "roofline" and not slow:
         from tuppence.train import calibrate
@@ -118,17 +127,44 @@ def solved(
         say("measuring this plan's step in each precision and attention (once per shape)")
         known = calibrate.measure_step(plan, known)
         hardware.save_calibration(known)
-        plan = _solved(run, data, known, spent_seconds)
+        plan = _solved(run, data, known, spent_seconds, held)
     return plan
 
 
-def _solved(run: Run, data: DataPlan, known: hardware.Calibration, spent: float | None) -> Plan:
+def _solved(
+    run: Run,
+    data: DataPlan,
+    known: hardware.Calibration,
+    spent: float | None,
+    held: Held | None,
+) -> Plan:
+    around = {} if held is None else _around(held)
+    started = known.startup_seconds + sum(around.values())
     if spent is not None:
-        known = dataclasses.replace(known, startup_seconds=max(known.startup_seconds, spent))
+        started = max(started, spent + around.get("idle", 0.0))
+    known = dataclasses.replace(known, startup_seconds=started)
     ranks, here = host.world_size(), host.local_world()
-    plan = solve(run, data, known, ranks=ranks, nodes=-(-ranks // here))
+    plan = _beside_start(solve(run, data, known, ranks=ranks, nodes=-(-ranks // here)), around)
     where = run.train.init_from
     return plan if where is None else dataclasses.replace(plan, init=origin.pinned(where))
+
+
+def _around(held: Held) -> dict[str, float]:
+    """Seconds by phase that a rented machine is paid before this process and after it."""
+    start = host.process_start()
+    before = {phase: end - begun for phase, begun, end in held.phases(start)}
+    return before | {"idle": held.tail_seconds}
+
+
+def _beside_start(plan: Plan, around: dict[str, float]) -> Plan:
+    """The plan with its start-up told by phase: what the machine did around the process."""
+    phases = dict(plan.predicted.phase_seconds)
+    for phase, seconds in around.items():
+        if phase != "provision" and seconds:
+            phases["provision"] -= seconds
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    predicted = dataclasses.replace(plan.predicted, phase_seconds=phases)
+    return dataclasses.replace(plan, predicted=predicted)
 
 
 def on_this_machine(plan: Plan, wanted: Run) -> Plan:

@@ -130,18 +130,29 @@ class Planned:
         assert self.chosen is not None
         year = datetime.date.today().year
         found = flags(self.run, self.data, self.chosen, year=year)
-        why = self.not_here or "this version rents no machines; it trains on the one it runs on"
-        return [*found, Warning("plan_only", why)]
+        why = why_not_trained(self.run)
+        return [*found, Warning("plan_only", str(why))] if why else found
 
 
-def planned(args: Namespace) -> list[Planned]:
-    """A plan for each recipe among the words; the overrides go for all of them."""
+def why_not_trained(run: Run) -> UserError | DoesNotFit | None:
+    """What keeps this version from training it on any machine."""
+    try:
+        check_trainable(dataclasses.replace(run, machine=config.Machine()))
+        refuse_unprepared(run.data.source or "")
+    except (UserError, DoesNotFit) as error:
+        return error
+    return None
+
+
+def planned(args: Namespace, *, here: bool = True) -> list[Planned]:
+    """A plan for each recipe among the words; the overrides go for all of them. Without `here`
+    this machine is no choice, and nothing of it is measured."""
     specs = [word for word in args.words if "=" not in word]
     overrides = [word for word in args.words if "=" in word]
     book = price_book(Path(args.prices) if args.prices else None)
     for problem in book.mine:
         say(f"{problem.row}: {problem.message} [{problem.code}]")
-    return [_planned(spec, overrides, book) for spec in specs or [_default(overrides)]]
+    return [_planned(spec, overrides, book, here) for spec in specs or [_default(overrides)]]
 
 
 def _default(overrides: list[str]) -> str:
@@ -154,13 +165,15 @@ def _default(overrides: list[str]) -> str:
     return "auto" if known else recipes.DEFAULT
 
 
-def _planned(spec: str, overrides: list[str], book: Book) -> Planned:
+def _planned(spec: str, overrides: list[str], book: Book, is_choice: bool) -> Planned:
     run = origin.started(named(config.override(recipes.get(spec), overrides), spec))
     check_values(run)
     check_budget(run.budget)
     run = _with_tokenizer(run)
     data = surveyed(run)
-    here, refusal = _on_this_machine(run, data)
+    here, refusal = _on_this_machine(run, data) if is_choice else (None, why_not_trained(run))
+    if not is_choice and (refusal is not None or _only_here(run)):
+        raise refusal or UserError("machine.gpu=cpu: a launch rents GPUs; tuppence run trains here")
     found = [] if _only_here(run) else options(run, data, book)
     if here is None and not any(option.fits for option in found):
         own_fault = isinstance(refusal, DoesNotFit) or not found
@@ -231,6 +244,8 @@ def text(found: Planned, *, every: bool) -> str:
         parts.append("chosen    this machine: tuppence run, with the same words, does it")
     elif found.chosen is not None:
         parts.append(chosen_text(found.run, found.data, found.chosen))
+        if why_not_trained(found.run) is None:
+            parts[-1] += "\nrent      tuppence launch, with the same words, does it there"
         parts.append(warnings_text(found.warnings))
     return folded("\n\n".join(part for part in parts if part))
 

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -75,6 +75,11 @@ class Ranks:
     def leads(self, value: float) -> float:
         """The lead's value."""
         return self.sum(value if self.lead else 0.0)[0] if self.world > 1 else value
+
+    def copy(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the lead's content of each."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def told(self, name: str, say: Callable[[], Any], *, by: int = 0) -> Any:
         """What rank `by` says, to all who ask: JSON through the store. Each name once; the others

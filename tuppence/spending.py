@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tuppence import bucket, config, environment, host, origin
-from tuppence.bucket import Mirror
+from tuppence import bucket, config, environment, held, host, origin
+from tuppence.bucket import Mirror, Relay
 from tuppence.config import Budget, Plan, Run
 from tuppence.corpus import prepared, shards_at, surveyed
 from tuppence.errors import DoesNotFit, Fault, UserError
 from tuppence.evals import bundle
 from tuppence.folder import RunFolder, RunLock
+from tuppence.held import Held
 from tuppence.ledger import Meter
 from tuppence.pipeline import (
     asked,
@@ -41,6 +42,7 @@ from tuppence.plan import hardware
 from tuppence.plan.asked import solve_track
 from tuppence.plan.describe import plan_text
 from tuppence.plan.estimate import rounds
+from tuppence.store import Store
 from tuppence.train.notes import Notes
 from tuppence.train.pace import finish_seconds
 from tuppence.train.readings import disk_words
@@ -59,7 +61,8 @@ GRACE_SECONDS = 20.0  # for the same after a signal: clouds give 30 s and more
 @dataclass(frozen=True)
 class Job:
     """What is to be done, where. `ranks` is None for a process alone, `url` for a run that lives
-    here; `finish` is called when the run has ended, before its folder is sent to a bucket."""
+    here; `finish` is called when the run has ended, before its folder is sent to a bucket. `held`
+    tells since when a rented machine is paid."""
 
     args: Namespace
     wanted: Run
@@ -68,6 +71,7 @@ class Job:
     ranks: Any
     url: str | None
     finish: Callable[[RunFolder], object]
+    held: Held | None
 
 
 def spend(
@@ -82,7 +86,9 @@ def spend(
     settings = host.settle_threads(threads_of(wanted))
     folder = RunFolder(runs_root(args) / str(wanted.name))
     url = f"{args.runs.rstrip('/')}/{wanted.name}" if bucket.is_url(args.runs) else None
-    job = Job(args, wanted, folder, settings, None, url, finish)
+    script = getattr(args, "held", None)
+    rented = held.read(Path(script)) if script else None
+    job = Job(args, wanted, folder, settings, None, url, finish, rented)
     if host.world_size() == 1:
         return folder, _spend(job)
     from tuppence.ranks import join
@@ -116,7 +122,7 @@ def _spend(job: Job) -> bool:
             return True
     draft = None
     if args.fresh or not folder.file("plan.json").exists():
-        draft = solved(wanted, surveyed(wanted))  # may refuse; nothing is touched before
+        draft = solved(wanted, surveyed(wanted), held=job.held)  # may refuse; nothing is touched
         refuse_warnings(draft.warnings, args)
     if args.fresh and folder.path.exists():
         with RunLock(folder):
@@ -152,9 +158,11 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         usd_per_hour=on_this_machine(frozen, job.wanted).machine.usd_per_hour,
         attempt=attempt,
         start=host.process_start(),
+        held=job.held,
     )
-    allowance, mirror, ended = STOP_SECONDS, None, False
+    allowance, mirror, relay, ended = STOP_SECONDS, None, None, False
     try:
+        _tell_of_machine(job, meter)
         made, frozen = _prepare_and_plan(job, draft, meter)
         say(plan_text(frozen))
         here = on_this_machine(frozen, job.wanted)
@@ -174,6 +182,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
             mirror = _mirror(folder, job.url, frozen)
         if job.ranks is not None:
             job.ranks.tell("attempt", _told(folder, here, made, attempt))
+            relay = _relay(job)
         done = train_loop(
             here,
             folder,
@@ -184,6 +193,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
             fence=fence,
             committed=lambda path: mirror.checkpoint(path) if mirror else None,
             alive=lambda: _lag(mirror) if mirror else 0.0,
+            relay=relay,
         )
         if mirror is not None:
             _wait_for(mirror, meter, frozen)
@@ -195,7 +205,7 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         _say_why(folder, attempt, error)
         raise
     finally:
-        meter.close(allowance=allowance)
+        meter.close(allowance=allowance, ended=ended)
         folder.close()
         if mirror is not None and not ended:
             mirror.close(GRACE_SECONDS)
@@ -204,6 +214,20 @@ def _attempt(job: Job, draft: Plan | None, attempt: int) -> None:
         mirror.close(UPLOAD_SECONDS)
     if done.step_seconds is not None and not frozen.machine.compile and here == frozen:
         _learn(frozen, done.step_seconds)
+
+
+def _tell_of_machine(job: Job, meter: Meter) -> None:
+    """Of a rented machine: until when there is money, and what is doubtful about its price."""
+    if job.held is None:
+        return
+    budget = job.wanted.budget
+    at = meter.spent_at(usd=budget.usd, hours=budget.hours)
+    folder = Path(job.args.held).parent
+    held.tell_deadline(folder, spent_at=at, tail_seconds=meter.tail_seconds)
+    if job.held.price_note is not None:
+        Notes(job.folder, say).warn(
+            "price_unknown", job.held.price_note, "compare the receipt with the provider's bill"
+        )
 
 
 def _say_why(folder: RunFolder, attempt: int, error: BaseException) -> None:
@@ -241,7 +265,7 @@ def _prepare_and_plan(job: Job, draft: Plan | None, meter: Meter) -> tuple[Path,
     if dataclasses.replace(draft.data, inputs_sha256=data.inputs_sha256) == data:
         frozen = dataclasses.replace(draft, data=data)
     else:
-        frozen = solved(wanted, data, spent_seconds=meter.seconds())
+        frozen = solved(wanted, data, spent_seconds=meter.seconds(), held=job.held)
         refuse_warnings(frozen.warnings, job.args)
     _check_tasks(frozen, made.folder / "tokenizer")
     _freeze(folder, frozen, shlex.join(["tuppence", *job.args.argv]))
@@ -274,7 +298,33 @@ def _told(folder: RunFolder, plan: Plan, data: Path, attempt: int) -> dict[str, 
         "run": str(folder.path.resolve()),
         "data": str(data.resolve()),
         "attempt": attempt,
+        "claim": folder.read_json("attempt.json"),
     }
+
+
+def _relay(job: Job) -> Relay | None:
+    """The lead's end of the way to ranks on other nodes, of a run that lives on a bucket."""
+    if job.url is None or host.local_world() == host.world_size():
+        return None
+    claim = bucket.identity_of(job.folder.read_json("attempt.json"))
+    return None if claim is None else Relay(Store(job.url), claim)
+
+
+def _beside(args: Namespace, wanted: Run, ranks: Any, told: Any) -> tuple[RunFolder, Relay | None]:
+    """The lead's folder, where this node sees it. Of a run on a bucket that is told by the claim
+    that lies in it: where another is, or none, a folder of this node's own, and the way over the
+    bucket."""
+    folder = RunFolder(Path(told["run"]), writes=False)
+    claim = bucket.identity_of(told["claim"])
+    here = RunFolder(runs_root(args) / str(wanted.name)).read_json("attempt.json")
+    if bucket.is_url(args.runs) and claim is not None and bucket.identity_of(here) != claim:
+        return bucket.beside(f"{args.runs.rstrip('/')}/{wanted.name}", claim, rank=ranks.rank)
+    if not folder.exists():
+        raise Fault(
+            f"rank {ranks.rank} on {platform.node()} does not see {folder.path}; ranks on several "
+            f"nodes share one run folder: give --runs a folder that all nodes mount, or a bucket"
+        )
+    return folder, None
 
 
 def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
@@ -287,12 +337,8 @@ def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
         raise SystemExit(told["exit"])
     from tuppence.train.loop import train as train_loop
 
-    folder, data = RunFolder(Path(told["run"]), writes=False), Path(told["data"])
-    if not folder.exists():
-        raise Fault(
-            f"rank {ranks.rank} on {platform.node()} does not see {folder.path}; ranks on several "
-            f"nodes share one run folder: give --runs a folder that all nodes mount"
-        )
+    folder, relay = _beside(args, wanted, ranks, told)
+    data = Path(told["data"])
     if not (data / "manifest.json").exists():
         data = _prepared_here(wanted, args, ranks)
     plan = config.from_json(Plan, json.dumps(told["plan"]))
@@ -303,7 +349,8 @@ def _follow(args: Namespace, wanted: Run, ranks: Any) -> NoReturn:
         attempt=told["attempt"],
         start=host.process_start(),
     )
-    train_loop(plan, folder, data, meter=meter, attempt=told["attempt"], ranks=ranks)
+    attempt = told["attempt"]
+    train_loop(plan, folder, data, meter=meter, attempt=attempt, ranks=ranks, relay=relay)
     ranks.part()
     raise SystemExit(0)
 

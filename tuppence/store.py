@@ -97,6 +97,37 @@ class Store:
         except Exception as error:  # each library has kinds of its own
             raise UserError(f"{self.url}: {_advice(error, self.protocol)}") from error
 
+    def bucket_exists(self) -> bool:
+        """Whether there is the bucket that this URL is in. Raises UserError where that cannot be
+        asked: no credentials, no network, or another's bucket."""
+        if self.protocol not in ("s3", "gs"):
+            return True
+        try:
+            if self._fs.exists(self._bucket):
+                return True
+            self._fs.ls(self._bucket)  # says why
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # each library has kinds of its own
+            raise UserError(f"{self.url}: {_advice(error, self.protocol)}") from error
+        return True
+
+    def make_bucket(self, region: str | None = None) -> None:
+        """Make the bucket, in a region of its cloud where one is named."""
+        there = {"s3": {"region_name": region}, "gs": {"location": region}}[self.protocol]
+        plain = region is None or (self.protocol == "s3" and region == "us-east-1")  # S3 says so
+        try:
+            self._fs.mkdir(self._bucket, **({} if plain else there))
+        except Exception as error:
+            raise UserError(
+                f"{self.url}: bucket {self._bucket} cannot be made: {_advice(error, self.protocol)}"
+            ) from error
+
+    def drop_bucket(self) -> None:
+        """Delete the bucket, which is empty."""
+        with self._told("delete the bucket of"):
+            self._fs.rmdir(self._bucket)
+
     def find(self, under: str = "") -> dict[str, int]:
         """Every object's size by its name."""
         return {name: entry.bytes for name, entry in self.entries(under).items()}

@@ -270,6 +270,54 @@ def list_runs(args: Namespace) -> Document:
     return watching.runs(args)
 
 
+# ---------------------------------------------------------------- rented machines
+
+
+def launch(args: Namespace) -> Document:
+    """The main job on rented machines, or on one that a person has (--ssh)."""
+    from tuppence import launching
+
+    return launching.launch(args)
+
+
+def fetch(args: Namespace) -> Document:
+    """A run's folder, back from its store."""
+    from tuppence import fetching
+
+    return fetching.fetch(args)
+
+
+def status(args: Namespace) -> Document:
+    """What launches do, have cost and will cost."""
+    from tuppence import guarding
+
+    return guarding.status(args)
+
+
+def logs(args: Namespace) -> Document:
+    """What the machines of a launch say."""
+    from tuppence import guarding
+
+    return guarding.logs(args)
+
+
+def stop(args: Namespace) -> Document:
+    """End a launch and every machine of it."""
+    from tuppence import guarding
+
+    return guarding.stop(args)
+
+
+def guard(args: Namespace) -> Document:
+    """Stop what has spent its money; take down what was left."""
+    from tuppence import guarding
+
+    return guarding.guard(args)
+
+
+# ---------------------------------------------------------------- machines and prices
+
+
 def calibrate(args: Namespace) -> Document:
     """Measure this machine anew and keep the numbers."""
     threads = args.threads or host.usable_cores()
@@ -321,6 +369,12 @@ VERBS = {
     "compare": compare,
     "export": export,
     "drill": drill,
+    "launch": launch,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
+    "fetch": fetch,
+    "guard": guard,
     "import": import_weights,
     "recipes": list_recipes,
     "watch": watch,

@@ -6,6 +6,7 @@
         kept.json                              the checkpoints that the run keeps
         checkpoints/step_00001000/...          checkpoint.json is sent last: with it, it is complete
         checkpoints/last.json best.json
+        checkpoints/.step_00001000.a2....      parts on their way to the lead's machine: relay.py
 
 **An attempt writes only below its own name, but for attempt.json.** So a writer that should be dead
 can spoil nothing of its successor's, whenever it wakes, though no store that is meant here can
@@ -170,6 +171,12 @@ class Remote:
         inside = [n.removeprefix(f"{prefix}/") for n in self.objects if n.startswith(f"{prefix}/")]
         plain = (n for n in inside if ".." not in PurePosixPath(n).parts)
         return sorted(n for n in plain if not n.startswith("checkpoints/") and n != KEPT)
+
+    def parts(self, prefix: str, inside: str) -> list[str]:
+        """Where a file of a checkpoint came first, from a machine beside the lead's (relay.py)."""
+        _, checkpoint, file = inside.split("/")
+        start, end = f"{prefix}/checkpoints/.{checkpoint}.", f"/{file}"
+        return [name for name in self.objects if name.startswith(start) and name.endswith(end)]
 
     @cached_property
     def checkpoints(self) -> dict[tuple[str, str], tuple[int, int]]:

@@ -34,6 +34,7 @@ from tuppence.bucket.layout import (
     local_checkpoints,
     look,
 )
+from tuppence.bucket.relay import drop_parts
 from tuppence.bucket.retire import Age, Standing, doomed
 from tuppence.errors import Fault
 from tuppence.folder import RunFolder
@@ -205,6 +206,7 @@ class Mirror:
         self._point()
         self._retire()
         if self._closing:
+            drop_parts(self.store, self.identity.prefix)  # no save is under way any more
             self._documents.send(all_of_them=True)  # also what this round had to say
 
     def _unsent(self) -> Path | None:
@@ -290,6 +292,7 @@ class Mirror:
             raise Damaged(f"{file.name} does not match its sha256")
         target = f"{self.identity.prefix}/{inside}"
         places = [f"{prefix}/{inside}" for prefix in there.prefixes()] if there else []
+        places += there.parts(self.identity.prefix, inside) if there else []
         same = [p for p in places if there and there.objects.get(p) == digest.bytes]
         if target in same and self.store.holds(target, digest):
             return

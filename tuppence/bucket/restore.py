@@ -203,7 +203,7 @@ def _bring_newest(folder: RunFolder, remote: Remote, there: list[tuple[str, str]
     """The first that is whole; each that is not is told of. `last` points at it."""
     for prefix, name in there:
         try:
-            _point(folder, "last", name, _bring_checkpoint(folder, remote, prefix, name))
+            _point(folder, "last", name, bring_checkpoint(folder, remote, prefix, name))
         except Damaged as error:
             _tell(folder, remote, prefix, name, error)
             continue
@@ -217,7 +217,7 @@ def _bring_best(folder: RunFolder, remote: Remote, head: str) -> None:
     for prefix, name in remote.checkpoints if best else ():
         if name == best["path"]:
             try:
-                sha256 = _bring_checkpoint(folder, remote, prefix, name)
+                sha256 = bring_checkpoint(folder, remote, prefix, name)
             except Damaged as error:
                 _tell(folder, remote, prefix, name, error)
                 continue
@@ -247,7 +247,7 @@ def _bring_asked(folder: RunFolder, remote: Remote, head: str, which: str) -> No
         if not _is_of(path, remote):
             shutil.rmtree(path)
     try:
-        sha256 = _bring_checkpoint(folder, remote, *found[0])
+        sha256 = bring_checkpoint(folder, remote, *found[0])
     except Damaged as error:
         raise Fault(
             f"checkpoint {name} on {remote.store.url} is damaged: {error}; use another "
@@ -257,7 +257,7 @@ def _bring_asked(folder: RunFolder, remote: Remote, head: str, which: str) -> No
         _point(folder, which, name, sha256)
 
 
-def _bring_checkpoint(folder: RunFolder, remote: Remote, prefix: str, name: str) -> str:
+def bring_checkpoint(folder: RunFolder, remote: Remote, prefix: str, name: str) -> str:
     """Bring one checkpoint and compare every file with its sha256; gives that of the weights.
 
     Raises Damaged. It appears here complete or not at all.

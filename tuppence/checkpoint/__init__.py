@@ -17,6 +17,7 @@ of ranks reads them.
 
 from tuppence.checkpoint.fence import Fence, claim
 from tuppence.checkpoint.layout import (
+    MANIFEST,
     Anneal,
     File,
     Manifest,
@@ -57,6 +58,7 @@ from tuppence.checkpoint.tensors import Spec
 from tuppence.files import file_sha256
 
 __all__ = [
+    "MANIFEST",
     "Anneal",
     "Fence",
     "File",

@@ -216,7 +216,7 @@ def manifest(path: Path) -> Manifest:
         raise Fault(
             f"checkpoint {path} is damaged: {MANIFEST} is of version {found.version}, not {VERSION}"
         )
-    if sorted(found.files) != sorted(_names(found.files)):
+    if sorted(found.files) not in (whole := sorted(_names(found.files)), _light(whole)):
         raise Fault(f"checkpoint {path} is damaged: {MANIFEST} does not list its files")
     return found
 
@@ -225,6 +225,16 @@ def _names(there: Iterable[str]) -> list[str]:
     """The files of a checkpoint that as many ranks wrote as there are files of weights."""
     world = max(1, sum(name.startswith("model") for name in there))
     return [STATE, *(shard(kind, rank, world) for kind in KINDS for rank in range(world))]
+
+
+def _light(names: list[str]) -> list[str]:
+    """Of a checkpoint that was fetched to be looked at: without the optimizer's state."""
+    return [name for name in names if not name.startswith("optimizer")]
+
+
+def is_light(path: Path) -> bool:
+    """Whether it has weights alone: to evaluate and export, and not to train on from."""
+    return not files_of(path, "optimizer")
 
 
 def files_of(path: Path, kind: str) -> list[Path]:

@@ -13,6 +13,7 @@ from tuppence.checkpoint.layout import (
     State,
     by_age,
     complete,
+    is_light,
     name_of,
     point,
     pointer,
@@ -20,7 +21,7 @@ from tuppence.checkpoint.layout import (
     verify,
 )
 from tuppence.checkpoint.pieces import Optimizers, Pieces
-from tuppence.errors import Fault
+from tuppence.errors import Fault, UserError
 from tuppence.folder import RunFolder
 from tuppence.folder import load as load_json
 
@@ -49,6 +50,11 @@ def newest(folder: RunFolder) -> Newest:
             folder.event("checkpoint_damaged", str(error), path=path.name)
             damaged.append(str(error))
             continue
+        if is_light(path):
+            raise UserError(
+                f"{path} has weights alone (tuppence fetch); to train on from it here: tuppence "
+                f"fetch with --checkpoint last"
+            )
         return Newest(path, tuple(damaged))
     if damaged:
         raise Fault(

@@ -2,6 +2,7 @@
 
     save()   wait for the save before ▶ copy into host buffers ▶ return
     thread   make room ▶ write the part ▶ [rank 0: gather, seal, fence, rename, last, retain, event]
+                                        ▶ [a rank beside the lead's machine: send it (bucket/relay)]
 
 Whatever goes wrong in the thread is raised by the next save, check or wait, once: there is no save
 that failed and was not told.
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tuppence.bucket import Relay
+from tuppence.bucket.relay import PATIENCE_SECONDS as RELAY_SECONDS
 from tuppence.checkpoint import writing
 from tuppence.checkpoint.fence import Fence
 from tuppence.checkpoint.layout import (
@@ -25,6 +28,7 @@ from tuppence.checkpoint.layout import (
     point,
     pointer_to,
     shard,
+    sidecar,
     step_of,
     weights_sha256,
 )
@@ -50,7 +54,8 @@ class Saver:
     Every rank calls `save` for the same steps in the same order. On rank 0 a save is done when it
     is committed, on others when their part is on disk. `committed` is called with each checkpoint
     that was committed, in the thread. `fence` is the one that `claim` gave; without it, it is that
-    of the claim which is there.
+    of the claim which is there. With a `relay` other ranks' parts may come over a bucket; a rank
+    that is given one has no folder in common with rank 0, and sends its part.
     """
 
     def __init__(
@@ -63,12 +68,14 @@ class Saver:
         world: int = 1,
         committed: Callable[[Path], None] = lambda path: None,
         fence: Fence | None = None,
-        patience: float = writing.PATIENCE_SECONDS,
+        relay: Relay | None = None,
+        patience: float | None = None,
     ) -> None:
         self.folder, self.attempt, self.keep = folder, attempt, keep
         self.rank, self.world, self.committed = rank, world, committed
         self.fence = fence or Fence(folder, attempt)
-        self.patience = patience
+        self.relay = relay
+        self.patience = patience or (RELAY_SECONDS if relay else writing.PATIENCE_SECONDS)
         self.seconds = 0.0  # of the last whole save, from its start to its commit
         self._number = 0
         self._images: dict[str, Image] = {}
@@ -119,6 +126,10 @@ class Saver:
         if self._errors:
             raise self._errors.pop(0)
 
+    @property
+    def _is_beside(self) -> bool:
+        return self.relay is not None and self.rank > 0
+
     # ------------------------------------------------------------ in the thread
 
     def _work(self) -> None:
@@ -140,7 +151,8 @@ class Saver:
         except (OSError, Fault) as error:
             self._give_up(aside, error)
             self.fence.check()  # taken over: that is why, whatever else failed
-            raise Fault(writing.cannot_save(self.folder, state.step, error)) from error
+            kept = "the lead's machine has the last good one" if self._is_beside else None
+            raise Fault(writing.cannot_save(self.folder, state.step, error, kept=kept)) from error
         self.seconds = time.monotonic() - started
         if self.rank == 0:
             self.committed(final)
@@ -153,6 +165,9 @@ class Saver:
         if self.rank == 0:
             return self._commit(aside, state, files)
         writing.tell(aside, writing.Part(files, None), rank=self.rank, world=self.world)
+        if self.relay is not None:
+            self._sweep(number - 2)  # another rank of this machine may still be at the one before
+            self.relay.send(aside, [*files, sidecar(self.rank, self.world)])
         return self.folder.checkpoints / name_of(state.step)
 
     def _touch(self, model: Pieces, optimizer: Pieces) -> None:
@@ -162,15 +177,24 @@ class Saver:
 
     def _make_room(self, number: int) -> None:
         self._sweep(number - 1)
+        if self.relay is not None:  # of the one before the mirror may still make a copy
+            self.relay.sweep(self._dead(number - 2))
         mine = sum(len(i.header) + i.data.numel() for i in self._images.values())
         make_room(self.folder, self.keep, mine * self.world)
 
     def _sweep(self, number: int) -> None:
+        sweep(self.folder, self._dead(number))
+
+    def _dead(self, number: int) -> Callable[[Path], bool]:
         mine = (self.attempt, self.fence.token, number)
-        sweep(self.folder, lambda path: is_dead(path, *mine))
+        return lambda path: is_dead(path, *mine)
 
     def _commit(self, aside: Path, state: State, files: Files) -> Path:
-        check = self.fence.check
+        def check() -> None:
+            self.fence.check()
+            if self.relay is not None:
+                self.relay.bring(aside, [sidecar(r, self.world) for r in range(1, self.world)])
+
         files |= writing.gather(aside, world=self.world, seconds=self.patience, check=check)
         writing.seal(aside, state, files, attempt=self.attempt, world=self.world)
         self.fence.check()
@@ -195,10 +219,12 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             return
         reason = getattr(error, "strerror", None) or str(error)
-        with contextlib.suppress(OSError):  # then rank 0 waits in vain, and says for whom
+        with contextlib.suppress(OSError, Fault):  # then rank 0 waits in vain, and says for whom
             for kind in KINDS:
                 (aside / shard(kind, self.rank, self.world)).unlink(missing_ok=True)
             writing.tell(aside, writing.Part({}, reason), rank=self.rank, world=self.world)
+            if self.relay is not None:
+                self.relay.send(aside, [sidecar(self.rank, self.world)], patience=0.0)
 
     def _point(self, name: str, step: int) -> None:
         self.fence.check()

@@ -129,10 +129,11 @@ def commit(folder: RunFolder, aside: Path, step: int) -> Path:
     return final
 
 
-def cannot_save(folder: RunFolder, step: int, error: Exception) -> str:
-    """The line for a person."""
+def cannot_save(folder: RunFolder, step: int, error: Exception, *, kept: str | None = None) -> str:
+    """The line for a person; `kept` says where the last good one is, if not in the folder."""
     there = complete(folder)
-    kept = f"the last good one is step {step_of(there[-1])}" if there else "none was saved yet"
+    if kept is None:
+        kept = f"the last good one is step {step_of(there[-1])}" if there else "none was saved yet"
     free = ""
     with contextlib.suppress(OSError):
         free = f" ({shutil.disk_usage(folder.path).free / 2**20:.0f} MiB free)"

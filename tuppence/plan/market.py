@@ -2,7 +2,8 @@
 
 machine.usd_per_hour is the price of one machine. With machine.gpu it names a machine that need not
 be in the book: rented like any, or machine.cloud=local, which neither boots nor bills for storage.
-Alone it prices this machine, and the book keeps its own prices.
+Alone it prices this machine, and the book keeps its own prices. A cloud that the book does not
+know is planned at such a price where SkyPilot rents from it.
 """
 
 import math
@@ -20,6 +21,12 @@ from tuppence.plan.prices import (
     own_machine,
 )
 
+# Whom SkyPilot 0.14.1 rents from, by its names (sky/clouds/__init__.py).
+SKYPILOT = (
+    *("aws", "azure", "cudo", "do", "fluidstack", "gcp", "hyperbolic", "ibm", "kubernetes"),
+    *("lambda", "mithril", "nebius", "oci", "paperspace", "primeintellect", "runpod", "scp"),
+    *("seeweb", "shadeform", "slurm", "ssh", "vast", "verda", "vsphere", "yotta"),
+)
 NEARLY_FREE = 1e-6  # USD an hour: hours of a free machine still need a number to count by
 
 
@@ -109,7 +116,8 @@ def _quoted(machine: Machine, price: float) -> Offer:
     """A machine that need not be in the book."""
     offer = own_machine(price, gpu=machine.gpu, gpu_count=machine.gpu_count or 1)
     name = machine.instance_type or offer.gpu or ""
-    return replace(offer, cloud=machine.cloud or "quoted", instance_type=name)
+    cloud, slash, within = (machine.cloud or "quoted").partition("/")
+    return replace(offer, cloud=cloud.lower() + slash + within, instance_type=name)
 
 
 def _assumed(machine: Machine, book: Book) -> Seller:
@@ -134,15 +142,30 @@ def _check_names(machine: Machine, book: Book) -> None:
     """Refuse a card, a cloud or an instance type that names nothing."""
     if machine.gpu is not None:
         find_gpu(machine.gpu)
-    clouds = sorted({offer.cloud for offer in book.offers})
-    if machine.cloud is not None and machine.cloud.lower() not in (*clouds, LOCAL):
-        raise UserError(f"machine.cloud={machine.cloud}{nearest(machine.cloud.lower(), clouds)}")
+    _check_cloud(machine, sorted({offer.cloud for offer in book.offers}))
     kept = {offer.instance_type.lower(): offer.instance_type for offer in book.offers}
     wanted = machine.instance_type
     own = machine.usd_per_hour is not None and machine.gpu is not None
     if wanted is not None and wanted.lower() not in kept and not own:
         near = nearest(wanted.lower(), list(kept)).split("; there are")[0]
         raise UserError(f"machine.instance_type={wanted} is not in the price book{near}")
+
+
+def _check_cloud(machine: Machine, clouds: list[str]) -> None:
+    """One of the book, or one of SkyPilot's at a price of the person's."""
+    cloud = (machine.cloud or "").lower()
+    cluster = cloud.partition("/")[0]  # slurm/mycluster
+    if not cloud or cloud in (*clouds, LOCAL):
+        return
+    if cluster not in SKYPILOT:
+        near = nearest(cluster, sorted({*clouds, *SKYPILOT}))
+        raise UserError(f"machine.cloud={machine.cloud}{near}")
+    if machine.usd_per_hour is None or machine.gpu is None:
+        raise UserError(
+            f"machine.cloud={cloud} is not in the price book: say what one machine is and costs "
+            f"with machine.gpu=A100 machine.gpu_count=8 machine.usd_per_hour=..., or add it to "
+            f"your prices (docs/prices.md)"
+        )
 
 
 def _nothing(machine: Machine) -> str:

@@ -23,6 +23,7 @@ from tuppence.plan.offers import Problem, read_offer
 FACTS = Path(__file__).parent / "facts"
 ASSUMED_USD_PER_HOUR = 0.40  # of a machine whose price nobody said
 LOCAL = "local"  # the cloud of a machine of one's own: no boot, no storage bill, no egress
+CLUSTERS = ("slurm", "kubernetes", "ssh")  # SkyPilot's names of what one has: no storage bill
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def egress_usd_per_gb(cloud: str) -> Rate:
 
 
 def _assumed(cloud: str, kind: str) -> Rate:
-    if cloud == LOCAL:
+    if cloud == LOCAL or cloud in CLUSTERS:
         return Rate(0.0, "own disk", "a machine of one's own")
     return replace(_rates()["aws", kind], assumed=True)
 

@@ -11,9 +11,12 @@ measured is an assumption, stands here once with its reason, and docs/prices.md 
 import math
 from dataclasses import dataclass
 
-from tuppence.config import Interval
 from tuppence.errors import UserError
 from tuppence.plan.offers import Offer
+from tuppence.plan.preparation import DOWNLOAD_BYTES_PER_SECOND, preparing
+from tuppence.plan.preparation import DOWNLOADED_BYTES_PER_TOKEN as DOWNLOADED_BYTES_PER_TOKEN
+from tuppence.plan.preparation import preparation_interval as preparation_interval
+from tuppence.plan.preparation import preparation_seconds as preparation_seconds
 from tuppence.plan.prices import LOCAL, Book, Rate, egress_usd_per_gb, storage_usd_per_gb_month
 
 HOUR = 3600.0
@@ -40,18 +43,6 @@ IDLE_SECONDS = 60.0  # between the receipt and the end of the bill
 FETCH_BYTES_PER_SECOND = 500e6  # shards from a bucket of the same cloud: half of 10 Gbit/s
 
 EVAL_SHARE = 0.04  # of a run that its evaluations may take together
-
-# Preparation. Two cores (Zen 5) tokenise 5.5M GPT-2 tokens a second (docs/BENCHMARKS.md); a
-# rented vCPU is half a core of an older kind: 1.5M on two, 27% of what was measured.
-TOKENS_PER_SECOND_PER_VCPU = 0.75e6
-MOST_VCPUS = 16  # nobody tried more workers than that
-VCPUS_PER_GPU = 4  # of a GPU machine whose list does not say
-DOWNLOAD_BYTES_PER_SECOND = 100e6  # from a public hub
-# How far both may be off, an 80% interval of a guess: a core of this kind does 3 times as much, and
-# a hub that is far or busy a fifth.
-FASTER, SLOWER = 3.0, 5.0
-DOWNLOADED_BYTES_PER_TOKEN = 3.0  # parquet: FineWeb's 10B-token sample is about 30 GB
-CPU_BOOT_SECONDS = 120.0
 
 # Storage: what is fetched on the day after must still be there.
 KEPT_AT_LEAST_MONTHS = 0.25
@@ -134,20 +125,6 @@ def egress_usd(gigabytes: float, *, usd_per_gb: float) -> float:
 def shard_bytes(tokens: int, *, vocab_size: int) -> int:
     """2 bytes a token; 4 where the vocabulary does not fit 16 bits."""
     return tokens * (2 if vocab_size <= 2**16 else 4)
-
-
-def preparation_seconds(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> float:
-    """max(download, tokens / (rate x vCPUs)), for one goes on while the other does. `file_bytes`
-    where it is known what is downloaded."""
-    size = tokens * DOWNLOADED_BYTES_PER_TOKEN if file_bytes is None else file_bytes
-    download = size / DOWNLOAD_BYTES_PER_SECOND
-    return max(download, tokens / (TOKENS_PER_SECOND_PER_VCPU * min(vcpus, MOST_VCPUS)))
-
-
-def preparation_interval(tokens: int, *, vcpus: float, file_bytes: float | None = None) -> Interval:
-    """`preparation_seconds` with how far it may be off."""
-    mid = preparation_seconds(tokens, vcpus=vcpus, file_bytes=file_bytes)
-    return Interval(mid / FASTER, mid, mid * SLOWER)
 
 
 def lost_share(train_seconds: float, charges: Charges) -> float:
@@ -340,29 +317,8 @@ def _prepare(offer: Offer, tokens: int, *, book: Book, price: float) -> Charged:
     """On the CPU machine of the same cloud that does it for the least, else on the GPU machine."""
     if not tokens:
         return 0.0, 0.0, ""
-    vcpus = offer.vcpus or VCPUS_PER_GPU * max(offer.gpu_count, 1)
-    if offer.cloud == LOCAL:
-        usd, seconds = _bill(vcpus, price, tokens, boot_seconds=0.0)
-        return seconds, usd, ""
-    machines = book.cpu_machines.get(offer.cloud, [])
-    near = [m for m in machines if m.region == offer.region] or machines
-    bills = [(*_bill(m.vcpus or 1, m.usd_per_hour or 0.0, tokens), m) for m in near]
-    if not bills:
-        usd, seconds = _bill(vcpus, price, tokens)
-        note = f"prepare_on_gpu: no CPU machine of {offer.cloud} is priced; the GPU machine does it"
-        return seconds, usd, note
-    usd, seconds, machine = min(bills, key=lambda bill: bill[:2])
-    away = machine.region != offer.region
-    where = f" in {machine.region}, as {offer.region} lists none" if away else ""
-    return seconds, usd, f"prepare_on: {machine.cloud} {machine.instance_type}{where}"
-
-
-def _bill(
-    vcpus: float, usd_per_hour: float, tokens: int, *, boot_seconds: float = CPU_BOOT_SECONDS
-) -> tuple[float, float]:
-    """Dollars and seconds of preparing on one machine, its boot included."""
-    seconds = boot_seconds + preparation_seconds(tokens, vcpus=vcpus)
-    return machine_usd(seconds, usd_per_hour=usd_per_hour), seconds
+    best = preparing(offer, tokens, book=book, usd_per_hour=price)[0]
+    return best.seconds, best.usd, best.note(offer)
 
 
 def _store(offer: Offer, *, stored_bytes: int, held_seconds: float, nodes: int) -> Charged:

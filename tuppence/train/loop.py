@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from tuppence import checkpoint, config, host
+from tuppence.bucket import Relay
 from tuppence.checkpoint import Fence
 from tuppence.config import Plan
 from tuppence.errors import DoesNotFit, Fault
@@ -39,10 +40,11 @@ from tuppence.train.guard import BAD_STEPS, Window
 from tuppence.train.interrupt import Interrupt
 from tuppence.train.judging import evaluate, taste
 from tuppence.train.pace import Turn, finish_seconds
+from tuppence.train.place import Place
 from tuppence.train.preflight import preflight
 from tuppence.train.rewinding import rewind, rewinds_of
 from tuppence.train.saving import ready_to_save, save, saved, stop_if_asked
-from tuppence.train.setup import START_SECONDS, Place, Trainer, set_up
+from tuppence.train.setup import START_SECONDS, Trainer, set_up
 from tuppence.train.step import MicroBatch, StepResult, micro_batches, train_step
 from tuppence.train.suites import is_due
 from tuppence.train.tracking import closing_seconds
@@ -74,15 +76,17 @@ def train(
     fence: Fence | None = None,
     committed: Callable[[Path], None] = lambda path: None,
     alive: Callable[[], float] = lambda: 0.0,
+    relay: Relay | None = None,
 ) -> Outcome:
     """Train `plan` in `folder` from its newest checkpoint, or from the start, to its end.
 
     The lead has claimed the run (`fence`), or does. `committed` is told of every checkpoint, and
-    `alive`, called about every step, says how many seconds what is sent elsewhere lies behind.
+    `alive`, called about every step, says how many seconds what is sent elsewhere lies behind. The
+    lead and ranks that do not see its folder are given a `relay`.
     Raises Interrupted after a signal (saved), Fault for what cannot go on (nothing saved is lost).
     """
     ranks = ranks or ALONE
-    place = Place(folder, data_folder, attempt, ranks, fence, committed, alive)
+    place = Place(folder, data_folder, attempt, ranks, fence, committed, alive, relay)
     live = Live(silent=not ranks.lead)
 
     def stalled(message: str) -> None:
@@ -113,7 +117,7 @@ def train(
         except RuntimeError as error:
             if isinstance(error, Fault) or ranks.world == 1 or not is_cut_off(error):
                 raise
-            raise Fault(_cut_off(folder, error)) from error
+            raise Fault(_cut_off(place, error)) from error
     peak = peak_gib(plan.machine.device)
     return Outcome(trainer.state.step, trainer.pace.seen_step_seconds(), peak)
 
@@ -133,11 +137,12 @@ def _preflight(plan: Plan, place: Place) -> None:
         place.folder.event("preflight", message, ranks=place.ranks.world, gbs=speed)
 
 
-def _cut_off(folder: RunFolder, error: RuntimeError) -> str:
+def _cut_off(place: Place, error: RuntimeError) -> str:
     """What to say when a collective fails: the others, or the way to them, are gone."""
     first = str(error).strip().partition("\n")[0]
-    there = checkpoint.pointer(folder, "last")
+    there = None if place.beside else checkpoint.pointer(place.folder, "last")
     kept = f"step {there.step} is saved" if there else "nothing was saved yet"
+    kept = "the lead says what is saved" if place.beside else kept
     return f"another rank is gone ({first}); {kept}, and the same command goes on from there"
 
 

@@ -10,8 +10,9 @@ from tuppence.folder import RunFolder
 from tuppence.model import build
 from tuppence.train.draws import work_of
 from tuppence.train.guard import Rewinds, Trouble
+from tuppence.train.place import first_weights, restore, whole_here
 from tuppence.train.saving import saved
-from tuppence.train.setup import FIRST_STATE, Trainer, first_weights, restore
+from tuppence.train.setup import FIRST_STATE, Trainer
 
 
 def rewinds_of(state: State) -> Rewinds:
@@ -126,10 +127,13 @@ def is_sound(folder: RunFolder, step: int) -> bool:
 def _load(trainer: Trainer, step: int) -> State:
     """Weights, moments and state of a checkpoint; of step 0 the first weights."""
     if step:
-        path = trainer.folder.checkpoints / checkpoint.name_of(step)
-        return restore(path, trainer.parallel, trainer.optimizers)
+        when = f"{trainer.state.step} {trainer.state.rewound_steps}"
+        path = whole_here(trainer.place, checkpoint.name_of(step), when)
+        there = restore(path, trainer.parallel, trainer.optimizers)
+        trainer.ranks.barrier()  # here it may take long, in the next step it may not
+        return there
     model = build(trainer.plan.model)
-    first_weights(model, trainer.plan)
+    first_weights(model, trainer.plan, trainer.ranks)
     trainer.parallel.take(dict(model.named_parameters()))
     for optimizer in trainer.optimizers:
         optimizer.state.clear()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from typing import Any
 import torch
 
 from tuppence import checkpoint
-from tuppence.checkpoint import Fence, Retention, Saver, State
+from tuppence.checkpoint import Retention, Saver, State
 from tuppence.config import Plan
 from tuppence.data.loader import Loader, val_windows
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.evals import identity
 from tuppence.folder import RunFolder
-from tuppence.hub.load import load_into
 from tuppence.ledger import Meter, worked
 from tuppence.live import Live
-from tuppence.model import Family, build
+from tuppence.model import build
 from tuppence.model.documents import document_end
 from tuppence.ranks import Ranks
 from tuppence.tokenizer.spec import Tokenizer, load_tokenizer
@@ -32,6 +30,7 @@ from tuppence.train.lead import Lead
 from tuppence.train.optim import optimizers_of
 from tuppence.train.pace import Pace
 from tuppence.train.parallel import Parallel, recompute
+from tuppence.train.place import Place, first_weights, found_on, restore
 from tuppence.train.rehearsal import rehearse, sizes
 from tuppence.train.suites import Suite, load
 from tuppence.train.tracking import Tracker, trackers
@@ -60,20 +59,6 @@ FIRST_STATE = State(
     trouble_step=0,
     back_to=0,
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an attempt trains, as train() was told. On ranks other than the lead the folder keeps
-    nothing."""
-
-    folder: RunFolder
-    data: Path
-    attempt: int
-    ranks: Ranks
-    fence: Fence | None
-    committed: Callable[[Path], None]
-    alive: Callable[[], float]
 
 
 @dataclass
@@ -150,7 +135,7 @@ def set_up(
     tokenizer = load_tokenizer(place.data / "tokenizer")
     prompt = prompt_ids(plan, tokenizer, place.data)
     end = document_end(plan.data, tokenizer.end_of_text)
-    fence, found = _found(place)
+    fence, found = found_on(place)
     built = _built(plan, ranks, fresh=found is None, end=end)
     state = FIRST_STATE if found is None else checkpoint.state_of(found)
     wanted = state.micro_batch or plan.step.micro_batch
@@ -194,6 +179,7 @@ def set_up(
             world=ranks.world,
             committed=place.committed,
             fence=fence,
+            relay=place.relay,
         ),
         prompt=prompt,
         suites=load(plan, tokenizer, say=live.say),
@@ -222,23 +208,6 @@ def _feed(plan: Plan, place: Place, live: Live) -> Feed:
     return Feed(loader, ranks=place.ranks, device=plan.machine.device)
 
 
-def _found(place: Place) -> tuple[Fence, Path | None]:
-    """The attempt's hold on the run, and the checkpoint to go on from: the lead's choice."""
-    folder, fence = place.folder, place.fence
-    if fence is None and place.ranks.lead:
-        fence = checkpoint.claim(folder, place.attempt)
-
-    def chosen() -> str | None:
-        found = checkpoint.newest(folder).path
-        if found is not None:
-            checkpoint.mend_pointers(folder, found, checkpoint.state_of(found))
-        return None if found is None else found.name
-
-    name = place.ranks.told("checkpoint", chosen)
-    fence = fence or Fence(folder, place.attempt)  # the lead's, which has claimed by now
-    return fence, None if name is None else folder.checkpoints / name
-
-
 @dataclass(frozen=True)
 class _Built:
     """A model on its ranks and cores, and what moves it."""
@@ -256,7 +225,7 @@ def _built(plan: Plan, ranks: Ranks, *, fresh: bool, end: int | None) -> _Built:
     attention = plan.machine.attention
     model = build(plan.model, attention=attention, device=device, document_end=end)
     if fresh:
-        first_weights(model, plan)
+        first_weights(model, plan, ranks)
     if plan.machine.activation_checkpointing:
         recompute(model)
     compiled = plan.machine.compile
@@ -309,25 +278,6 @@ def _micro_batch(plan: Plan, place: Place, built: _Built, wanted: int) -> int:
         message = f"micro-batches of {micro} sequences, not {wanted}: as many as divide and fit"
         place.folder.event("micro_batch", message, micro_batch=micro)
     return micro
-
-
-def first_weights(model: Family, plan: Plan) -> None:
-    """Drawn from the seed, or those that the plan starts from."""
-    if plan.init is None:
-        model.init_weights(plan.step.seed)
-    else:
-        load_into(model, plan.init)
-
-
-def restore(path: Path, parallel: Parallel, optimizers: list[torch.optim.Optimizer]) -> State:
-    """Weights and moments of a checkpoint, whoever wrote it, into what this rank holds."""
-    checkpoint.read(path, parallel.wanted(), "model")
-    for optimizer in optimizers:
-        optimizer.state.clear()  # of what had no moments yet when it was saved, too
-    there = checkpoint.index(path, "optimizer")
-    moments = parallel.wanted_moments(optimizers, there)
-    checkpoint.read(path, moments, "optimizer", partial=parallel.sharded)
-    return checkpoint.state_of(path)
 
 
 def _comparable(place: Place, state: State, measure: dict[str, Any]) -> State:
