@@ -165,12 +165,12 @@ def up(folder: Path, desk: Path, sky: Path, *, keep: bool) -> Iterator[Cluster]:
     """
     _check_machine()
     assert os.environ.get("HOME") != str(folder / "home"), "leave the cluster's own home first"
-    names = ("SSH_PORT", "SLURMCTLD_PORT", "SLURMD_PORT", "API")
-    ports = dict(zip(names, _free_ports(4), strict=True))
+    names = ("SSH_PORT", "SLURMCTLD_PORT", "SLURMD_PORT")
+    ports = dict(zip(names, _free_ports(3), strict=True))
     env = os.environ | {name: str(port) for name, port in ports.items()} | NODE
     env["PYTHON"] = sys.executable
     home = [sys.executable, str(HOME)]
-    more = [str(folder), "--sky", str(sky), "--port", str(ports["API"])]
+    more = [str(folder), "--sky", str(sky), "--port", str(_api_port())]
     cluster = None
     try:
         _clean(folder, env)
@@ -218,6 +218,16 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def _api_port() -> int:
+    """A free port whose companion is free: SkyPilot's server takes a second one by the first."""
+    for _ in range(50):
+        (port,) = _free_ports(1)
+        second = 50000 + (port - 46580 + 11) % 10000  # sky/server/requests/queues/mp_queue.py
+        with suppress(OSError), socket.create_server(("127.0.0.1", second)):
+            return port
+    raise AssertionError("no free pair of ports for SkyPilot's server")
 
 
 def _clean(folder: Path, env: dict[str, str]) -> None:

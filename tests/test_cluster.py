@@ -90,13 +90,13 @@ def closed(row: dict[str, Any]) -> bool:
 
 
 def recovered(cluster: Cluster) -> None:
-    """Its allocation is killed: the next goes on from its checkpoint to the same weights, and what
-    SkyPilot's meter says is what the ledger says."""
+    """Prepared on one machine, trained on another that is killed: the next goes on from its
+    checkpoint to the same weights, and what SkyPilot's meter says is what the ledger says."""
     words = [*MODEL, f"budget.steps={STEPS}", "name=recovered"]
-    launch = cluster.start("launch", *words, *CLUSTER, *how(cluster))
+    launch = cluster.start("launch", *words, *CLUSTER, *how(cluster), "--apart")
     folder = run_of(cluster, "recovered")
     until_saved(launch, folder, 200)
-    (first,) = cluster.queue("recovered")
+    (first,) = cluster.queue("recovered-train")
     cluster.on_node("scancel", first)
     said = launch.said()
     assert said.code == 0, said.err + said.out
@@ -105,10 +105,11 @@ def recovered(cluster: Cluster) -> None:
     assert "recovering" in said.err or "recovered, for the first time" in said.err
     assert "nothing is left running" in said.err + said.out
     nothing_left(cluster, "recovered")
-    meter = cluster.costs("recovered")
+    assert len(cluster.costs("recovered-prepare")) == 1
+    meter = cluster.costs("recovered-train")
     assert len(meter) == 2  # the machine that was killed, and the one after it
     apart = abs(sum(row["usd"] for row in meter) - spent(folder))
-    assert apart <= 60 * USD_PER_SECOND, (meter, spent(folder))
+    assert apart <= len(meter) * 60 * USD_PER_SECOND, (meter, spent(folder))
     here = RunFolder(cluster.desk / "runs" / "recovered")
     assert here.file("receipt.html").exists()
     told = json.loads(here.file("receipt.json").read_text())
@@ -151,8 +152,8 @@ def hung(cluster: Cluster) -> None:
     assert events(folder, "resume") == []
     nothing_left(cluster, "hung")
     (machine,) = cluster.costs("hung")  # it was not recovered
-    assert machine["usd"] <= usd + 60 * USD_PER_SECOND
-    assert spent(folder) <= usd * 1.001
+    for bill in (machine["usd"], spent(folder)):  # the timer's way to KILL, the machine's way down
+        assert usd <= bill <= usd + 120 * USD_PER_SECOND
     page = cluster.run("status", "hung", "--sky", str(cluster.sky))
     assert [line for line in page.out.splitlines() if "exit code 124" in line]
     guarded = cluster.run("guard", "hung", "--once", "--sky", str(cluster.sky))

@@ -215,6 +215,7 @@ def _decided(wanted: Asked, sky: Sky | None) -> Launch:
             prepared="prepare" not in wanted.stages,
             clouds=clouds,
             built=bool(args.python or args.image),
+            apart=args.apart,
         )
         return found if region is None else tuple(_in(region, stage) for stage in found)
 

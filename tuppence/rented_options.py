@@ -72,6 +72,11 @@ def _what(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--stages", metavar="A,B", help="of prepare,train,eval (prepare,train; eval with --tasks)"
     )
+    sub.add_argument(
+        "--apart",
+        action=argparse.BooleanOptionalAction,
+        help="prepare on a machine of its own, or not (whichever costs less)",
+    )
     sub.add_argument("--tasks", metavar="A,B", help="what eval asks (tuppence eval --help)")
     sub.add_argument("--prices", metavar="FILE", help="your own prices (docs/prices.md)")
     sub.add_argument("--strict", action="store_true", help="refuse where the plan only warns")

@@ -3,7 +3,7 @@
 #
 #   tests/cluster/slurm.sh up     [FOLDER]              build what is missing, start what is down
 #   tests/cluster/slurm.sh status [FOLDER]              the node and its jobs; exit 1 if it is down
-#   tests/cluster/slurm.sh exec   [FOLDER] COMMAND...   a command on the node: squeue, scancel 3
+#   tests/cluster/slurm.sh exec   FOLDER COMMAND...     a command on the node: squeue, scancel 3
 #   tests/cluster/slurm.sh down   [FOLDER]              stop it; the next `up` takes a second
 #   tests/cluster/slurm.sh wipe   [FOLDER]              `down`, then remove what `up` made in FOLDER
 #
@@ -35,7 +35,10 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHECKOUT=$(cd "$HERE/../.." && pwd)
 VERB=${1:-}
 [ $# -gt 0 ] && shift
-if [ $# -gt 0 ] && { [ "$VERB" != exec ] || [ -d "$1" ]; }; then FOLDER=$1; shift; fi
+if [ $# -gt 0 ]; then
+  FOLDER=$1
+  shift
+fi
 FOLDER=$(realpath -m "${FOLDER:-${CLUSTER_FOLDER:-$HOME/.cache/tuppence-cluster}}")
 export PYTHON=${PYTHON:-$CHECKOUT/.venv/bin/python}
 SSH_PORT=${SSH_PORT:-2222}
@@ -351,5 +354,5 @@ case $VERB in
   up | status | down | wipe) "$VERB" ;;
   exec) on_node "$@" ;;
   first-process) first_process ;;
-  *) refuse 'usage: slurm.sh up|status|down|wipe [FOLDER], slurm.sh exec [FOLDER] COMMAND...' ;;
+  *) refuse 'usage: slurm.sh up|status|down|wipe [FOLDER], slurm.sh exec FOLDER COMMAND...' ;;
 esac

@@ -353,7 +353,7 @@ def why_failed(row: Job, name: str, stage: Stage) -> str:
     if row.status in ("FAILED_NO_RESOURCE", "FAILED_PRECHECKS") and QUOTA.search(said):
         return f"{stage.name}: quota refused for {tried}: {said}; ask the cloud for quota"
     if row.status == "FAILED_NO_RESOURCE" or NO_MACHINE in said:
-        said = said.partition(" To fix:")[0].removeprefix(f"[{NO_MACHINE}] ")
+        said = said.partition(" To fix:")[0].rstrip(".").removeprefix(f"[{NO_MACHINE}] ")
         return f"{stage.name}: no capacity for {tried}: {said}; try other machines, or later"
     if row.status == "FAILED_PRECHECKS":
         return f"{stage.name}: SkyPilot refused {tried}: {said}; `sky check` says what is missing"
