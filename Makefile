@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check sky bench clean
+.PHONY: run test check sky cluster-test bench clean
 
 run: .venv/run                      ## two cents: train a GPT on tiny Shakespeare, print its receipt
 	$(BIN)/tuppence run
 
-test: .venv/dev                     ## every test that this machine can run, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: .venv/dev                     ## every test that this machine can run, two files at a time; less cluster-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/test_cluster.py $(ARGS)
 
 check: .venv/dev                    ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -17,6 +17,10 @@ check: .venv/dev                    ## format, lint, types
 
 sky: .venv/run                      ## SkyPilot, where `tuppence launch` looks for it; prints its Python
 	$(BIN)/python -c 'from tuppence.cloud import sky; print(sky.environment())'
+
+cluster-test: .venv/dev             ## launches for real: SkyPilot, on a Slurm of this machine's own (root, ten minutes)
+	$(if $(CLUSTER_FOLDER),CLUSTER_FOLDER=$(CLUSTER_FOLDER)) SKY_PYTHON=$${SKY_PYTHON:-$$($(BIN)/python -c 'from tuppence.cloud import sky; print(sky.environment())')} \
+	  $(BIN)/python -m pytest tests/test_cluster.py $(ARGS)
 
 bench: .venv/dev                    ## figures of docs/BENCHMARKS.md; NANOGPT=, NANOCHAT= add peers
 	$(BIN)/python bench/quickstart.py $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -113,7 +113,7 @@ def job(**given: Any) -> dict[str, Any]:
         **{"status": "RUNNING", "finished": False, "cluster": None, "resources": "1x[A100:8]"},
         **{"machine": "1x(gpus=A100:8, ...)", "cloud": "AWS", "region": "us-east-1"},
         **{"submitted_at": 1e9, "start_at": 1e9 + 60, "end_at": None, "job_duration": 60.0},
-        **{"recoveries": 0, "failure": "", "details": ""},
+        **{"recovered_at": None, "recoveries": 0, "failure": "", "details": ""},
         **given,
     }
     row["cluster"] = row["cluster"] or f"{row['task']}-{row['job_id']}"

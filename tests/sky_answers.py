@@ -62,7 +62,48 @@ def tasks(asked):
     return {"tasks": found}
 
 
-VERBS = {**sky_driver.VERBS, "features": features, "tasks": tasks}
+def resolve(asked):
+    """What SkyPilot's optimizer takes for each task, told how long each machine would need.
+
+    `seconds`: {task: {"cloud/instance_type/accelerator:count/spot": seconds}}; a machine that is
+    not named is taken for hopeless, or an hour where the task is not named. `enabled`: clouds that
+    are taken as having credentials (else those that have).
+    """
+    from sky import OptimizeTarget, check, optimizer
+    from sky.utils import registry
+
+    if asked.get("enabled"):
+        clouds = [registry.CLOUD_REGISTRY.from_str(name) for name in asked["enabled"]]
+        check.get_cached_enabled_clouds_or_refresh = lambda *a, **k: clouds
+        check.check_capability = lambda *a, **k: None
+    dag = sky_driver.chain(asked)
+    for task in dag.tasks:
+        if times := asked.get("seconds", {}).get(task.name):
+            task.set_time_estimator(lambda chosen, times=times: times.get(_key(chosen), 1e9))
+    optimizer.Optimizer.optimize(dag, minimize=OptimizeTarget.COST, quiet=True)
+    return {"tasks": {task.name: _chosen(task.best_resources) for task in dag.tasks}}
+
+
+def _key(chosen):
+    """A machine as `seconds` names it."""
+    cards = "+".join(f"{name}:{count:g}" for name, count in (chosen.accelerators or {}).items())
+    spot = "spot" if chosen.use_spot else "on_demand"
+    return f"{str(chosen.cloud).lower()}/{chosen.instance_type}/{cards or 'cpu'}/{spot}"
+
+
+def _chosen(best):
+    return {
+        "cloud": str(best.cloud).lower(),
+        "region": best.region,
+        "instance_type": best.instance_type,
+        "accelerators": best.accelerators,
+        "spot": best.use_spot,
+        "usd_per_hour": best.get_cost(3600),
+        "key": _key(best),
+    }
+
+
+VERBS = {**sky_driver.VERBS, "features": features, "tasks": tasks, "resolve": resolve}
 
 
 def answer(asked):

@@ -119,16 +119,23 @@ class Cluster:
 
     def costs(self, name: str) -> list[dict[str, Any]]:
         """SkyPilot's own meter: a row for each machine that the launch of this name ever had."""
+        rows = until(self._metered, "SkyPilot tells costs", patience=120)["clusters"]
+        return [row for row in rows if row["name"].startswith(name)]
+
+    def _metered(self) -> Any:
+        """None where its server is too busy to say."""
         done = subprocess.run(
             [str(self.sky), str(DRIVER), "costs"],
             input=json.dumps({"names": None}),
             env=self.env,
-            check=True,
+            check=False,
             capture_output=True,
             text=True,
         )
-        rows = json.loads(done.stdout)["clusters"]
-        return [row for row in rows if row["name"].startswith(name)]
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+        sys.stderr.write(f"costs: {done.stdout[-1000:]}\n")
+        return None
 
     def stage_processes(self, mark: str) -> list[int]:
         """Processes on the node that belong to a stage whose mark begins so."""

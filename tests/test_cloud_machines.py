@@ -9,8 +9,10 @@ import pytest
 from launches import planned
 
 from tuppence.cloud import clouds, machines, scoring
+from tuppence.cloud.beside import beside
+from tuppence.cloud.deciding import from_chosen
 from tuppence.cloud.launch import Stage
-from tuppence.cloud.machines import candidates, in_regions, rented, stages_of, words_of
+from tuppence.cloud.machines import candidates, rented, stages_of, words_of
 from tuppence.config import override
 from tuppence.errors import DoesNotFit, UserError
 from tuppence.plan.bill import tokens_to_prepare
@@ -218,18 +220,6 @@ def test_a_cluster_may_be_named_with_the_cloud() -> None:
     assert (machine.cloud, machine.region, machine.instance_type) == ("slurm", "lab", None)
 
 
-def test_the_same_machine_in_regions_that_ask_no_more() -> None:
-    machine = rented(Seller(offer(), False, 20.0, "on demand"))
-    prices = {"eu-west-1": 19.0, "us-east-1": 21.0, "ap-south-1": 22.5, "us-west-2": 20.0}
-    every = in_regions(machine, prices, max_price_rise=0.1)
-    assert [(m.region, m.usd_per_hour) for m in every] == [
-        ("us-east-1", 21.0),
-        ("eu-west-1", 19.0),
-        ("us-west-2", 20.0),
-    ]
-    assert in_regions(machine, {"us-east-1": 22.1}, max_price_rise=0.1) == ()
-
-
 # ---------------------------------------------------------------- one task or two
 
 
@@ -422,3 +412,59 @@ def test_stages_of_every_recipe_add_up() -> None:
         assert train.machines[0] == rented(first.seller)
         assert all(stage.usd > 0 for stage in every)
         assert all(stage.seconds > 0 for stage in every)
+
+
+# ---------------------------------------------------------------- beside the machines
+
+
+def test_what_leaves_the_stores_cloud_is_priced_there() -> None:
+    """From S3 a machine of another cloud reads shards and environment; one of AWS reads for
+    nothing, and writes for nothing; one's own folder costs nothing."""
+    elsewhere = {"cloud": "nebius", "region": "eu-north1"}
+    plan = found(offer(**elsewhere), cpu(**elsewhere), words=("budget.usd=20",))
+    option = plan.options[0]
+    every = stages(plan)
+    assert [stage.name for stage in every] == ["prepare", "train"]
+    assert option.tokens is not None
+    tokens = tokens_to_prepare(plan.data, option.tokens.mid)
+    checkpoint = option.work.checkpoint_bytes / 1e9
+    usd = beside("s3://b/t", every, option, plan.data)
+    assert usd["egress"] == pytest.approx(0.09 * (2 * tokens / 1e9 + 3.0 + checkpoint))
+    stored = 2 * tokens / 1e9 + 2 * checkpoint
+    assert usd["store"] == pytest.approx(0.023 * stored * 0.25)
+    assert beside("/folder", every, option, plan.data) == {"store": 0.0, "egress": 0.0}
+    near = found(offer(), cpu(), words=("budget.usd=20",))
+    assert near.options[0].work == option.work
+    usd = beside("s3://b/t", stages(near), near.options[0], near.data)
+    assert usd["egress"] == pytest.approx(0.09 * checkpoint)
+
+
+def test_what_is_written_to_another_clouds_store_is_priced_where_it_leaves() -> None:
+    """Google's bucket at 12 cents, AWS's machines at 9: shards out and in, checkpoints as saved."""
+    plan = found(offer(), cpu(), words=("budget.usd=20",))
+    option = plan.options[0]
+    assert option.stages is not None
+    assert option.tokens is not None
+    shards = 2 * tokens_to_prepare(plan.data, option.tokens.mid) / 1e9
+    read = shards + 3.0 + option.work.checkpoint_bytes / 1e9
+    written = shards + option.stages.seconds["save"]  # at 1 GB a second
+    usd = beside("gs://b/t", stages(plan), option, plan.data)["egress"]
+    assert usd == pytest.approx(0.12 * read + 0.09 * written)
+
+
+# ---------------------------------------------------------------- the table of a launch
+
+
+def test_the_table_begins_with_the_machine_that_is_taken() -> None:
+    """What cannot be rented is left out with its reason; runners-up stand next."""
+    verda = offer(cloud="verda", instance_type="8A100.176V", usd_per_hour=5.0)
+    west = offer(region="us-west-2", usd_per_hour=20.5)  # of the same machine: no runner-up
+    other = offer(cloud="lambda", instance_type="gpu_8x_a100", usd_per_hour=22.0)
+    plan = found(verda, offer(), west, other, replace(verda, usd_per_hour=50.0, region="x"))
+    taken = stages(plan, wanted=("train",))[0].machines
+    left, out = from_chosen(plan.options, taken)
+    told = [(option.seller.offer.cloud, option.seller.offer.region) for option in left]
+    assert told == [("aws", "us-east-1"), ("lambda", "us-east-1"), ("aws", "us-west-2")]
+    ((why, count),) = out.items()
+    assert "verda" in why
+    assert count == 1

@@ -20,6 +20,7 @@ from sky_env import sky_python
 from slurm_cluster import USD_PER_HOUR, Cluster, Command, until, up
 
 from tuppence import checkpoint
+from tuppence.cloud.tasks import CLUSTER_TAIL_SECONDS
 from tuppence.folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
@@ -108,8 +109,9 @@ def recovered(cluster: Cluster) -> None:
     assert len(cluster.costs("recovered-prepare")) == 1
     meter = cluster.costs("recovered-train")
     assert len(meter) == 2  # the machine that was killed, and the one after it
-    apart = abs(sum(row["usd"] for row in meter) - spent(folder))
-    assert apart <= len(meter) * 60 * USD_PER_SECOND, (meter, spent(folder))
+    more = (spent(folder) - sum(row["usd"] for row in meter)) / USD_PER_SECOND
+    # no second is charged twice, and the end in advance; SkyPilot takes its time to see an end
+    assert -60 * len(meter) <= more <= CLUSTER_TAIL_SECONDS + 5, (meter, spent(folder))
     here = RunFolder(cluster.desk / "runs" / "recovered")
     assert here.file("receipt.html").exists()
     told = json.loads(here.file("receipt.json").read_text())
@@ -171,8 +173,12 @@ def stopped(cluster: Cluster) -> None:
     assert left.code == 0, left.err
     assert "goes on, and costs money" in left.err + left.out
     sky = ("--sky", str(cluster.sky))
-    (seen,) = cluster.run("status", "stopped", "--json", *sky).document["launches"]
-    assert seen["state"] == "running"
+
+    def runs() -> Any:  # SkyPilot may not have noticed yet
+        (seen,) = cluster.run("status", "stopped", "--json", *sky).document["launches"]
+        return seen if seen["state"] == "running" else None
+
+    seen = until(runs, "stopped: its status is running")
     assert seen["inside"]["step"] > 0
     (stage,) = seen["stages"]
     assert stage["state"] == "running"

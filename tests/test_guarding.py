@@ -359,7 +359,40 @@ def test_a_cancel_that_was_not_heard_is_asked_for_again(tmp_path: Path, fake: Fa
     fake.says("cancel", error("away", "no network"), heard)
     assert call(tmp_path, "guard", "tiny", "--every", "0") == 0
     assert len(fake.asked("cancel")) == 2
-    assert notes(folder) == ["near", "spent", "away", "back", "stopped"]
+    assert notes(folder) == ["near", "away", "back", "spent", "stopped"]
+
+
+def test_a_full_disk_does_not_keep_guard_from_cancelling(
+    tmp_path: Path,
+    fake: FakeSky,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    launched(tmp_path, fake)
+    spent(tmp_path, fake)
+    monkeypatch.setattr(noted, "note", full)
+    monkeypatch.setattr(guarding, "write_text", full)
+    assert call(tmp_path, "guard", "tiny", "--every", "0") == 0
+    assert fake.asked("cancel") == [{"name": "tiny-abc123"}]
+    err = capsys.readouterr().err
+    assert "guard.jsonl: No space left on device" in err
+    assert "standing.json: No space left on device" in err
+
+
+def test_a_damaged_launch_keeps_nobody_from_the_others(
+    tmp_path: Path, fake: FakeSky, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(tmp_path, fake)
+    fake.says("queue", {"jobs": [running()]}, GONE["queue"])
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / records.FILE).write_text('{"version"')
+    assert call(tmp_path, "guard", "--every", "0") == 0
+    assert capsys.readouterr().err.count("torn/launch.json is passed over") == 1
+    assert call(tmp_path, "status") == 0
+    assert capsys.readouterr().out.startswith("tiny  stopped")
 
 
 def test_guard_outlasts_a_network_that_is_down(tmp_path: Path, fake: FakeSky) -> None:
@@ -389,10 +422,13 @@ def test_guard_takes_down_a_machine_that_was_left(tmp_path: Path, fake: FakeSky)
     assert notes(folder) == ["finished", "left"]
 
 
-def test_guard_of_all_leaves_out_what_is_over(tmp_path: Path, fake: FakeSky) -> None:
+def test_guard_of_all_leaves_out_what_is_over(
+    tmp_path: Path, fake: FakeSky, capsys: pytest.CaptureFixture[str]
+) -> None:
     launched(tmp_path, fake, state="finished")
     assert call(tmp_path, "guard", "--once") == 0
     assert fake.asked() == []
+    assert "there is nothing to guard" in capsys.readouterr().err
 
 
 def test_guard_with_a_wrong_python_ends_at_once(

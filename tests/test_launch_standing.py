@@ -109,6 +109,12 @@ def test_before_skypilot_knows_the_job_it_is_starting_and_later_lost() -> None:
     old = replace(RECORD, jobs=(Asked("tiny-abc123", None, NOW - 7200),))
     lost = stand(look(), record=old)
     assert (lost.state, lost.failure) == ("lost", standing.LOST)
+    booting = replace(RECORD, jobs=(Asked("tiny-abc123", None, NOW - 1800),))
+    assert stand(look(), record=booting).state == "starting"  # the controller's machine, too
+    numbered = replace(RECORD, jobs=(Asked("tiny-abc123", 1, NOW - 1800),))
+    assert stand(look(), record=numbered).state == "lost"
+    told = replace(INSIDE, state="finished")  # the controller's machine has stopped by itself
+    assert stand(look(), told, record=numbered).state == "finished"
     assert stand(look(), record=replace(old, state="stopped")).state == "stopped"
 
 
@@ -159,6 +165,45 @@ def test_a_new_machine_counts_from_its_own_start_at_the_ledger_s_price() -> None
     assert found.inside_usd == pytest.approx(15.0 + 2.0)
     assert found.metered_usd == pytest.approx(2.0)
     assert (found.incarnations, found.recoveries) == (2, 1)
+
+
+def test_waiting_for_a_machine_is_not_spending() -> None:
+    """A spot run that was killed waits for capacity: the meter has an interval for each attempt."""
+    dead = replace(INSIDE, state="dead", usd=32.0, alive_at=NOW - 1800)
+    first = cost(usd=1.0, intervals=[[1e9, NOW - 1700]], status=None)
+    tries = tuple(
+        cost(usd=0.4, intervals=[[NOW - at, NOW - at + 70]], status=None, hash=f"h{at}")
+        for at in range(300, 1600, 100)
+    )
+    booting = cost(usd=0.4, intervals=[[NOW - 70, None]], status="INIT", hash="last")
+    seen = (first, *tries, booting)
+    alone = 32.0 + 100 / 3600 * 20
+    for status in ("RECOVERING", "STARTING", "RUNNING"):
+        row = job(task_id=1, status=status, recoveries=1)
+        assert of_train(look(row, costs=seen), dead).inside_usd == pytest.approx(alone)
+        assert not any(act.cancel for act in acts(look(row, costs=seen), dead))
+    up = replace(booting, status="UP")
+    for status, more in (("RECOVERING", 0.0), ("RUNNING", 70.0)):
+        row = job(task_id=1, status=status, recoveries=1)
+        found = of_train(look(row, costs=(first, *tries, up)), dead)
+        assert found.inside_usd == pytest.approx(alone + more / 3600 * 20)
+
+
+def test_waiting_is_no_spending_where_only_the_queue_is_seen() -> None:
+    """SkyPilot's controller on a machine of its own: no meter of its clusters can be seen here."""
+    dead = replace(INSIDE, state="dead", usd=32.0, alive_at=NOW - 1800)
+    row = job(task_id=1, status="RECOVERING", recoveries=1, job_duration=1700.0)
+    found = of_train(look(row), dead)
+    assert found.inside_usd == 32.0
+    assert found.metered_usd == pytest.approx((1700 + 2 * 60) / 3600 * 20)  # a boot for each
+    again = replace(row, status="RUNNING", recovered_at=NOW - 180)
+    assert of_train(look(again), dead).inside_usd == pytest.approx(32.0 + 1.0)
+
+
+def test_a_recovered_machine_has_its_own_way_down() -> None:
+    ledger = replace(INSIDE, alive_at=NOW, usd=40.0 + 200 / 3600 * 20)
+    assert any(act.cancel for act in acts(look(TRAINING), ledger))
+    assert not any(act.cancel for act in acts(look(replace(TRAINING, recoveries=1)), ledger))
 
 
 def test_a_meter_of_zero_is_not_believed() -> None:
@@ -300,12 +345,22 @@ def test_a_stage_without_a_budget_in_money_may_cost_three_times_its_plan() -> No
 
 
 def test_preparation_on_the_training_machine_is_beside_the_budget() -> None:
-    one = replace(TRAIN, does=("prepare", "train"))
-    launch = replace(LAUNCH, stages=(one,), phases={"prepare": 2.0})
+    one = replace(TRAIN, does=("prepare", "train"), beside_usd=2.0)
+    launch = replace(LAUNCH, stages=(one,))
     bill = cost(usd=40.0 + 3 * 2.0 + (900 + 120) / 3600 * 20 - 0.1)
     assert not any(act.cancel for act in acts(look(TRAINING, costs=(bill,)), INSIDE, launch))
     more = replace(bill, usd=bill.usd + 0.2)
     assert any(act.cancel for act in acts(look(TRAINING, costs=(more,)), INSIDE, launch))
+
+
+def test_evaluation_on_the_training_machine_is_beside_the_budget() -> None:
+    """Planned at $8; the plan's own phases know the trainer's validation only."""
+    one = replace(TRAIN, does=("train", "eval"), usd=48.0, beside_usd=8.0)
+    launch = replace(LAUNCH, stages=(one,), phases={"train": 39.0, "evaluate": 0.5})
+    done = replace(INSIDE, state="finished", usd=39.6, alive_at=NOW - 1500, seconds_left=None)
+    for usd, cancelled in ((48.33, False), (40 + 3 * 8 + 1020 / 3600 * 20 + 0.1, True)):
+        found = acts(look(TRAINING, costs=(cost(usd=usd),)), done, launch)
+        assert [act.code for act in found if act.cancel] == ["outlived"] * cancelled
 
 
 def test_a_machine_whose_task_is_over_is_taken_down_after_two_minutes() -> None:

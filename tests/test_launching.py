@@ -132,6 +132,52 @@ def test_a_dry_run_shows_all_and_asks_nobody(tuppence: Tuppence, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("offline")
+def test_the_lines_of_the_bill_add_up(tuppence: Tuppence) -> None:
+    """Stages, storage and egress are the expected bill; the text shows each."""
+    words = ("launch", "llmc_gpt2_124m", "machine.cloud=nebius", "machine.spot=on", "--dry-run")
+    words += ("budget.usd=20", "--store", "s3://b/t")
+    made = tuppence(*words, "--json").document["launch"]
+    parts = [stage["usd"] for stage in made["stages"]]
+    parts += [made["phases"]["store"], made["phases"]["egress"]]
+    assert sum(parts) == pytest.approx(made["usd"]["mid"])
+    assert made["phases"]["egress"] > 1  # S3 to another cloud
+    text = tuppence(*words).out
+    rows = [line for line in text.splitlines() if line.startswith(("storage  d", "egress  "))]
+    assert [row.split()[-1] for row in rows] == [f"{usd:.2f}" for usd in parts[-2:]]
+    assert f"expected  ${sum(parts):.2f}" in text
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_shares_the_training_machine_is_said(tuppence: Tuppence) -> None:
+    """Preparation takes of the budget, evaluation comes beside it; better machines that cannot be
+    rented are named, and the controller's machine."""
+    words = ("launch", "llmc_gpt2_124m", "--dry-run", "budget.usd=50", "machine.cloud=azure")
+    shared = tuppence(*words).out
+    assert "preparation takes about $5.64 of the budget, so about 11% fewer tokens" in shared
+    assert "stopped and its disk" in " ".join(shared.split())
+    words = ("launch", "llmc_gpt2_124m", "--dry-run", "budget.usd=50", "--tasks", "bpb")
+    text = " ".join(tuppence(*words, "machine.spot=on").out.split())
+    assert "evaluation after training is beside the budget" in text
+    assert "left out" in text
+    assert "no managed job on verda" in text
+    made = tuppence(*words, "machine.spot=on", "--json").document["launch"]
+    assert f"${made['usd']['mid'] - 50:.2f} is expected beside it" in text
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_region_is_planned_at_its_own_price(tuppence: Tuppence) -> None:
+    words = ("launch", *AWS, BUDGET, "machine.spot=on", "--dry-run", "--json")
+    there = tuppence(*words, "--infra", "aws/us-east-1").document["launch"]
+    for stage in there["stages"]:
+        for machine in stage["machines"]:
+            assert machine["region"] == "us-east-1"
+            assert "us-east-1" in machine["price"]
+    read = tuppence(*words, "--infra", "aws/nowhere")
+    assert read.code == 2
+    assert "us-east-1" in read.line
+
+
 def test_a_dry_run_asks_nothing_of_the_store(tuppence: Tuppence, s3: str) -> None:
     before = buckets(s3)
     read = tuppence("launch", *AWS, BUDGET, "--dry-run", "--store", "s3://another/t")
@@ -174,6 +220,10 @@ def test_tasks_are_written_for_those_who_drive_sky(tuppence: Tuppence, tmp_path:
         ((*AWS, "--stages", "train", "--tasks", "core", "--dry-run"), "add it to --stages train"),
         (("machine.gpu=cpu", "--dry-run"), "tuppence run trains here"),
         (("machine.gpu=A1000", "--dry-run"), "A100"),
+        (
+            ("machine.gpu=MI300X", "machine.usd_per_hour=2", "budget.usd=50", "--dry-run"),
+            "not AMD's",
+        ),
         (("machine.cloud=slurm", "--dry-run"), "machine.usd_per_hour="),
         (("machine.cloud=awsome", "--dry-run"), "did you mean aws?"),
         (("--infra", "azur", "--dry-run"), "did you mean azure?"),
@@ -441,6 +491,17 @@ def test_values_of_secrets_are_nowhere(
     assert not [path for path in files if b"hush-hush" in path.read_bytes()]
 
 
+def test_keys_that_end_before_the_run_are_warned_of(
+    tuppence: Tuppence, sky: FakeSky, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(tuppence, sky).code == 0
+    made = dataclasses.replace(launched(tmp_path).launch, secrets=("AWS_SESSION_TOKEN",))
+    for seconds, warned in ((600.0, False), (7200.0, True)):
+        stages = (dataclasses.replace(made.stages[-1], seconds=seconds),)
+        following.warn_of_keys(dataclasses.replace(made, stages=stages))
+        assert ("keys of a session" in capsys.readouterr().err) == warned
+
+
 def test_texts_of_this_machine_are_sent(tuppence: Tuppence, sky: FakeSky, tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(f"{name} says something. " * 500)
@@ -472,6 +533,77 @@ def test_a_recipe_file_travels_with_the_code(
     (code,) = (tmp_path / "shared").rglob("code.tar.gz")
     with tarfile.open(code) as tar:
         assert "own/mine.py" in tar.getnames()
+
+
+def test_one_name_is_launched_once_at_a_time(
+    tuppence: Tuppence, sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: list[Answer] = []
+
+    def launch(self: Sky, text: str, **_: Any) -> int:
+        inner.append(started(tuppence, sky))
+        return 7
+
+    monkeypatch.setattr(Sky, "launch", launch)
+    assert started(tuppence, sky).code == 0
+    assert inner[0].code == 2
+    assert "is being launched already" in inner[0].line
+    assert [each.job_id for each in launched(tmp_path).jobs] == [7]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_stop_while_it_is_launched_holds(
+    tuppence: Tuppence, sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def stopped(*_: Any, **__: Any) -> int:
+        found = launched(tmp_path)
+        record.write(tmp_path / "runs" / "shakespeare", dataclasses.replace(found, state="stopped"))
+        return 7
+
+    if when == "before":
+        monkeypatch.setattr(following.kit, "send_kit", stopped)
+    else:
+        monkeypatch.setattr(Sky, "launch", stopped)
+    read = started(tuppence, sky)
+    assert read.code == 2
+    assert "was stopped while it was launched" in read.line
+    assert sky.asked("launch") == []
+    assert sky.asked("cancel")[0]["name"] == launched(tmp_path).jobs[-1].name
+    assert launched(tmp_path).state == "stopped"
+
+
+def test_what_has_ended_is_not_rented_for_again(
+    tuppence: Tuppence, sky: FakeSky, tmp_path: Path
+) -> None:
+    assert started(tuppence, sky).code == 0
+    events = tmp_path / "shared" / "runs" / "shakespeare" / "events.jsonl"
+    events.parent.mkdir(parents=True)
+    events.write_text(json.dumps({"time": 1.0, "code": "end", "text": "over"}) + "\n")
+    read = started(tuppence, sky)  # SkyPilot knows no job of it any more
+    assert read.code == 0
+    assert "is finished; nothing to do" in read.err
+    assert len(sky.asked("launch")) == 1
+
+
+def test_a_controller_that_stays_after_a_failure_is_named(tuppence: Tuppence, sky: FakeSky) -> None:
+    sky.says("launch", error("away", "no answer"))
+    row = {**cluster("sky-jobs-controller-1"), "status": "INIT"}
+    sky.says("clusters", {"clusters": [row]})
+    words = ("launch", *SLURM, "--store", "shared", "--sky", str(sky.python), "--yes")
+    assert "sky-jobs-controller-1 is INIT, and is billed" in tuppence(*words).err
+
+
+def test_stop_leaves_what_another_launch_reads(
+    tuppence: Tuppence, sky: FakeSky, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "shared" / "runs" / "shakespeare" / "kept"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of a run that was there")
+    assert started(tuppence, sky).code == 0
+    assert started(tuppence, sky, "name=other").code == 0
+    store_made.delete(launched(tmp_path))
+    assert theirs.exists()
+    assert list((tmp_path / "shared" / "kit").glob("*/code.tar.gz"))
 
 
 # ---------------------------------------------------------------- a bucket

@@ -46,9 +46,9 @@ def test_an_answer_comes_as_plain_data(fake: FakeSky) -> None:
 
 
 def test_what_a_later_driver_says_more_is_passed_over(fake: FakeSky) -> None:
-    fake.says("clusters", {"clusters": [{**fake_sky.cluster(), "mood": "sunny"}]})
-    (held,) = Sky(fake.python).clusters()
-    assert held.name == "tiny-train-1"
+    fake.says("queue", {"jobs": [{**fake_sky.job(), "mood": "sunny"}]})
+    (row,) = Sky(fake.python).queue("tiny-abc123")
+    assert row.cluster == "tiny-train-1"
 
 
 @pytest.mark.parametrize(
@@ -303,10 +303,7 @@ def test_real_quotes_are_the_catalog_s(real: Sky) -> None:
 
 def test_real_driver_s_errors_arrive_as_ours(real: Sky) -> None:
     good = "name: x-train\nresources: {infra: aws, accelerators: 'A100:8'}\nrun: echo\n"
-    assert real.ask("validate", yaml=good) == {"name": "x-train", "tasks": ["x-train"]}
     with pytest.raises(UserError, match="Instead of 'rnu', did you mean 'run'"):
-        real.ask("validate", yaml=good.replace("run:", "rnu:"))
-    with pytest.raises(UserError, match="A9000"):
-        real.ask("resolve", yaml=good.replace("A100", "A9000"), enabled=["aws"])
+        real.ask("launch", yaml=good.replace("run:", "rnu:"), name="x")
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"):
         real.queue("tiny")

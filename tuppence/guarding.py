@@ -22,7 +22,7 @@ from tuppence.cloud import record as records
 from tuppence.cloud import sky as skypilot
 from tuppence.cloud import standing as standings
 from tuppence.cloud.record import Record
-from tuppence.cloud.sky import Job, Look, Sky, Unreachable
+from tuppence.cloud.sky import Cluster, Job, Look, Sky, Unreachable
 from tuppence.cloud.standing import Inside, Standing
 from tuppence.errors import DoesNotFit, Fault, UserError
 from tuppence.folder import RunFolder, write_text
@@ -71,7 +71,10 @@ class Watched:
         """The same, of what SkyPilot said already."""
         now = time.time()
         found = standings.standing(record, seen, self.inside(record), now=now)
-        write_text(self.folder / SEEN, json.dumps(found.document(), indent=2) + "\n")
+        try:
+            write_text(self.folder / SEEN, json.dumps(found.document(), indent=2) + "\n")
+        except OSError as error:  # what must be done does not wait for a disk
+            say_so(f"{self.folder / SEEN}: {error.strerror}: not written")
         return found
 
     def inside(self, record: Record) -> Inside | None:
@@ -81,7 +84,7 @@ class Watched:
             self._inside = _inside(self._read(record))
         except (UserError, Away, FileNotFoundError):
             pass
-        except Fault as error:  # damaged, or caught in the middle of a change
+        except (Fault, OSError) as error:  # damaged, or caught in the middle of a change
             say_so(f"{record.name}: {error}")
         return self._inside
 
@@ -151,16 +154,16 @@ class Guard:
     def _act(self, record: Record, seen: Standing) -> None:
         ended = {row.cluster: row.end_at for row in seen.jobs if row.finished and row.end_at}
         for act in cap.acts(record.launch, seen, told=self.told, ended_at=ended, now=seen.seen_at):
-            if act.key not in self.told:
-                self._tell(record, act.code, act.key, act.message, usd=seen.usd)
             if act.cancel:
                 for job in record.jobs:
                     self.sky.cancel(job.name)
             if act.down:
                 self.sky.down(act.down)
+            if act.key not in self.told:
+                self._tell(record, act.code, act.key, act.message, usd=seen.usd)
 
     def _tell(self, record: Record, code: str, key: str, text: str, **more: Any) -> None:
-        noted.note(self.watched.folder, code, key, text, **more)
+        _note(self.watched.folder, code, key, text, **more)
         if key:
             self.told.add(key)
         self.say(f"{record.name}: {text}")
@@ -191,9 +194,10 @@ def guard(args: Namespace) -> Document:
         say_so(f"{args.run}: by ssh: the timer on its machine guards it; tuppence status shows it")
         return {"launches": [ssh.ssh_status(records.find(args.run, Path(args.runs))[1])]}
     guards: dict[Path, Guard] = {}
+    damaged: set[Path] = set()
     live = Live(silent=args.json)
     while True:
-        for folder in _guarded(args):
+        for folder in _guarded(args, damaged):
             if folder not in guards:
                 guards[folder] = Guard(folder, _sky_of(args, folder), say=live.say)
         seen = {folder: each.step() for folder, each in guards.items()}
@@ -202,6 +206,8 @@ def guard(args: Namespace) -> Document:
             live.clear()
             for each in known:
                 say_so(standing_text.line(each))
+            if not guards:
+                say_so(f"no launch of {args.runs}/ is going on: there is nothing to guard")
             return {"launches": [each.document() for each in known]}
         live.show(
             "; ".join(standing_text.line(each) for each in known if not each.over)
@@ -210,13 +216,29 @@ def guard(args: Namespace) -> Document:
         time.sleep(every)
 
 
-def _guarded(args: Namespace) -> list[Path]:
+def _guarded(args: Namespace, damaged: set[Path]) -> list[Path]:
     """Folders of the launches that are meant; of all only those that may be going on."""
     if args.run:
         return [records.find(args.run, Path(args.runs))[0]]
-    found = [(folder, records.read(folder)) for folder in records.launches(Path(args.runs))]
     on = ("planned", "started")
-    return [f for f, r in found if r and r.kind == "sky" and r.state in on and r.jobs]
+    found = _launches(Path(args.runs), damaged)
+    return [f for f, r in found if r.kind == "sky" and r.state in on and r.jobs]
+
+
+def _launches(runs: Path, damaged: set[Path]) -> list[tuple[Path, Record]]:
+    """All whose launch.json can be read; of another it is told once, and the rest goes on."""
+    found = []
+    for folder in records.launches(runs):
+        try:
+            record = records.read(folder)
+        except (Fault, UserError) as error:
+            if folder not in damaged:
+                say_so(f"{folder / records.FILE} is passed over: {error}")
+            damaged.add(folder)
+            continue
+        if record is not None:
+            found.append((folder, record))
+    return found
 
 
 def _sky_of(args: Namespace, folder: Path) -> Sky:
@@ -231,7 +253,8 @@ def _sky_of(args: Namespace, folder: Path) -> Sky:
 def status(args: Namespace) -> Document:
     """What runs, what it has cost so far and will cost: one launch in full, or a line for each."""
     runs = Path(args.runs)
-    folders = [records.find(args.run, runs)[0]] if args.run else records.launches(runs)
+    named = [records.find(args.run, runs)[0]] if args.run else None
+    folders = named or [folder for folder, _ in _launches(runs, set())]
     found = [_standing_of(args, folder, alone=bool(args.run)) for folder in folders]
     if not args.json:
         for each in found:
@@ -327,7 +350,8 @@ def stop(args: Namespace) -> Document:
         say_so(f"{record.name}: nothing was started")
     deleted = _deleted(record, args) if args.bucket else {}
     storage = _storage(record)
-    _say_storage(record, storage)
+    if text := standing_text.stays(record.name, record.launch.store, storage):
+        say_so(text)
     usd = None if seen is None else seen.usd
     return {"name": record.name, "usd": usd, "deleted": deleted, "storage": storage}
 
@@ -341,7 +365,8 @@ def _end(folder: Path, sky: Sky) -> Standing:
         by_hand = ending.by_hand(sky, there)
         raise Fault(f"{found.name}: still there: {', '.join(there)}; {by_hand}")
     say_so(f"{found.name}: nothing is left running; it has cost ${found.usd:.4f} in all")
-    _say_controllers(found)
+    say_controllers(found.controllers)
+    say_so(f"SkyPilot's API server may run on: `{sky.tool} api stop` ends one of this machine")
     return found
 
 
@@ -362,22 +387,26 @@ def end(folder: Path, sky: Sky, *, say: Say = say_so, why: str = "") -> list[str
     """End a launch without asking: what is left of it, which is nothing as a rule. Raises
     Unreachable where SkyPilot gives no answer."""
     if why:
-        noted.note(folder, "end", "", why)
+        _note(folder, "end", "", why)
     return ending.left(ending.end(folder, sky, say=say))
+
+
+def _note(folder: Path, code: str, key: str, text: str, **more: Any) -> None:
+    """Note it, where there is room: a full disk is no reason to leave a machine running."""
+    try:
+        noted.note(folder, code, key, text, **more)
+    except OSError as error:
+        say_so(f"{folder / noted.FILE}: {error.strerror}: not noted: {text}")
 
 
 def _ended(state: str) -> str:
     return "finished" if state == "finished" else "stopped"
 
 
-def _say_controllers(seen: Standing) -> None:
-    for each in seen.controllers:
-        price = f" at ${each.usd_per_hour:.3f}/h" if each.usd_per_hour else ""
-        ends = (
-            f"stops after {each.autostop} idle minutes" if each.autostop else "`sky down` ends it"
-        )
-        if each.status != "STOPPED":
-            say_so(f"SkyPilot's own machine {each.name} watches your managed jobs{price}; {ends}")
+def say_controllers(controllers: Sequence[Cluster]) -> None:
+    """What SkyPilot itself still has running, and how that ends."""
+    for text in standing_text.controllers(controllers):
+        say_so(text)
 
 
 def _deleted(record: Record, args: Namespace) -> dict[str, int]:
@@ -386,15 +415,3 @@ def _deleted(record: Record, args: Namespace) -> dict[str, int]:
     what = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in gone.items()) or "nothing"
     say_so(f"{record.name}: deleted on {record.launch.store}: {what}")
     return gone
-
-
-def _say_storage(record: Record, storage: Document) -> None:
-    """What the store still costs, and how that ends."""
-    if storage["note"]:
-        say_so(f"{record.launch.store}: {storage['note']}")
-    elif storage["bytes"]:
-        say_so(
-            f"{record.launch.store}: {storage['bytes'] / 1e9:.2f} GB of it stay, at "
-            f"${storage['usd_per_month']:.2f} a month; tuppence stop {record.name} --bucket "
-            f"deletes what the launch made"
-        )

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from tuppence import config, following, planning
-from tuppence.cloud import asked, deciding, earlier, kit, machines, record, shown, store_made, tasks
+from tuppence.cloud import (
+    asked,
+    beside,
+    deciding,
+    earlier,
+    kit,
+    machines,
+    record,
+    shown,
+    store_made,
+    tasks,
+)
 from tuppence.cloud import sky as skypilot
 from tuppence.cloud.launch import LAUNCH_VERSION, Launch, Stage
 from tuppence.cloud.record import Record
@@ -30,12 +41,13 @@ from tuppence.pipeline import refuse_warnings, say
 from tuppence.plan.market import SKYPILOT
 from tuppence.plan.options import Option
 from tuppence.plan.stages import GB
-from tuppence.plan.table import options_text, warnings_text
+from tuppence.plan.table import document, options_text, warnings_text
 from tuppence.planning import Planned
 from tuppence.store import Away, is_url
 
 Document = dict[str, Any]
 ROWS = 6  # of the table of options
+BELOW = ("prepare", "store", "total $")  # its columns that the stages and the bill tell truer
 CHOSEN = ("model.depth", "train.batch_tokens")  # words that the planner adds
 
 
@@ -84,6 +96,7 @@ def launch(args: Namespace) -> Document:
         wanted = replace(wanted, before=before)
         made = _decided(wanted, sky)
         _show(wanted, made, sky)
+        following.warn_of_keys(made)
         confirm(args, f"start it, for {shown.expected(made)}?")
         start = following.Start(args, made, wanted.folder, wanted.kit, wanted.texts, before)
         return following.go(start, sky)
@@ -202,7 +215,7 @@ def _words_of(wanted: Asked, option: Option) -> tuple[str, ...]:
 def _decided(wanted: Asked, sky: Sky | None) -> Launch:
     """The machines and the whole launch; with `sky` only what can be had now, at today's price."""
     planned, args = wanted.planned, wanted.args
-    region = (args.infra or "").partition("/")[2] or None
+    region = _region(args)
 
     def stages_of(options: Sequence[Option], clouds: deciding.Clouds) -> tuple[Stage, ...]:
         found = machines.stages_of(
@@ -217,9 +230,13 @@ def _decided(wanted: Asked, sky: Sky | None) -> Launch:
             built=bool(args.python or args.image),
             apart=args.apart,
         )
-        return found if region is None else tuple(_in(region, stage) for stage in found)
+        return (
+            found if region is None else tuple(deciding.in_region(stage, region) for stage in found)
+        )
 
-    found = deciding.decide(planned.options, stages_of, sky, most_rise=args.max_price_rise, say=say)
+    found = deciding.decide(
+        _offered(wanted), stages_of, sky, most_rise=args.max_price_rise, say=say
+    )
     words = _words_of(wanted, found.option)
     if wanted.kit.recipe is None and (
         why := planning.why_not_trained(asked.trained_there(wanted.run, words))
@@ -228,8 +245,12 @@ def _decided(wanted: Asked, sky: Sky | None) -> Launch:
     return _launch_of(wanted, found, words)
 
 
-def _in(region: str, stage: Stage) -> Stage:
-    return replace(stage, machines=tuple(replace(m, region=region) for m in stage.machines))
+def _region(args: Namespace) -> str | None:
+    return (args.infra or "").partition("/")[2] or None
+
+
+def _offered(wanted: Asked) -> list[Option]:
+    return deciding.offered(wanted.planned.options, _region(wanted.args))
 
 
 def _launch_of(wanted: Asked, found: deciding.Decided, words: tuple[str, ...]) -> Launch:
@@ -238,10 +259,16 @@ def _launch_of(wanted: Asked, found: deciding.Decided, words: tuple[str, ...]) -
     assert option.usd is not None
     assert option.stages is not None
     stages = tuple(_repriced(wanted, found, stage) for stage in found.stages)
-    beside = sum(stage.usd for stage in stages) - option.stages.training_usd
-    beside -= option.stages.usd.get("prepare", 0.0)
-    ends = (option.usd.low, option.usd.mid, option.usd.high)
-    clouds = {machine.cloud for stage in found.stages for machine in stage.machines}
+    beside_them = beside.beside(wanted.store, stages, option, wanted.planned.data)
+    usd = sum(stage.usd for stage in stages) + sum(beside_them.values())
+    fixed = wanted.run.budget.usd is not None  # the clock holds what the machine may cost
+    mid = option.usd.mid
+    low, high = (0.0, 0.0) if fixed else (option.usd.low - mid, option.usd.high - mid)
+    rented = {machine.cloud for stage in found.stages for machine in stage.machines}
+    apart = [stage.usd for stage in stages if stage.does == ("prepare",)]
+    phases = {**option.stages.usd, **beside_them} | ({"prepare": apart[0]} if apart else {})
+    if not any("prepare" in stage.does for stage in stages):
+        phases["prepare"] = 0.0
     return Launch(
         version=LAUNCH_VERSION,
         name=wanted.name,
@@ -254,20 +281,21 @@ def _launch_of(wanted: Asked, found: deciding.Decided, words: tuple[str, ...]) -
         image=args.image,
         tasks=(args.tasks or "bpb") if "eval" in wanted.stages else None,
         secrets=asked.secrets_of(
-            wanted.run, wanted.store, clouds, planned_only=bool(args.dry_run or args.to_yaml)
+            wanted.run, wanted.store, rented, planned_only=bool(args.dry_run or args.to_yaml)
         ),
-        usd=Interval(*(max(0.0, end + beside) for end in ends)),
-        phases=dict(option.stages.usd),
+        usd=Interval(max(0.0, usd + low), usd, usd + high),
+        phases=phases,
         prices_from=option.seller.offer.source,
     )
 
 
 def _repriced(wanted: Asked, found: deciding.Decided, stage: Stage) -> Stage:
     """Training of fixed work costs more at a higher price; that of a budget in dollars does not."""
-    if "train" not in stage.does or wanted.run.budget.usd is not None:
+    if "train" not in stage.does:
         return stage
     rise = stage.machines[0].usd_per_hour / found.option.seller.usd_per_hour
-    return replace(stage, usd=stage.usd * rise)
+    usd = stage.usd * (1.0 if wanted.run.budget.usd is not None else rise)
+    return replace(stage, usd=usd, beside_usd=stage.beside_usd * rise)
 
 
 # ---------------------------------------------------------------- shown
@@ -281,21 +309,32 @@ def _show(wanted: Asked, made: Launch, sky: Sky | None) -> None:
     if sky is not None:
         told = sky.ask("controller", clouds=sorted({s.machines[0].cloud for s in made.stages}))
     planned = wanted.planned
+    train = next(stage for stage in made.stages if "train" in stage.does)
+    offered, out = deciding.from_chosen(_offered(wanted), train.machines)
+    left = [f"left out  {n} that would be better: {why}" for why, n in out.items()]
     parts = [
-        options_text(planned.documents, rows=ROWS, width=screen_width()),
+        options_text(
+            [document(option) for option in offered],
+            rows=ROWS,
+            width=screen_width(),
+            more="tuppence plan --all shows them",
+            without=BELOW,
+        ),
+        "\n".join(left),
         shown.stages_text(made),
         shown.bill_text(
             made, kept=_kept(wanted, made), controller=shown.controller_text(made, told)
         ),
-        warnings_text(planned.warnings),
+        warnings_text([w for w in planned.warnings if w.code != "beside_budget"]),
     ]
     print(folded("\n\n".join(part for part in parts if part)), flush=True)
 
 
 def _kept(wanted: Asked, made: Launch) -> store_made.Stored:
     """What will be stored: shards and checkpoints as planned, and what is sent."""
-    option = wanted.planned.chosen
-    runs = 0 if option is None else round(option.disk_gb * GB)
+    train = next(stage for stage in made.stages if "train" in stage.does)
+    offered, _ = deciding.from_chosen(_offered(wanted), train.machines)
+    runs = round(offered[0].disk_gb * GB)
     sent = wanted.texts.bytes if wanted.texts else 0
     return store_made.priced({"data and run": runs, "texts": sent}, made.store)
 

@@ -108,8 +108,9 @@ def tell_held(args: argparse.Namespace) -> None:
     if usd_per_hour is None:
         usd_per_hour, note = price_here()
     since = args.since
-    prepare = None if args.prepare is None else max(since, args.prepare)
-    machine = Held(since, max(since, args.setup), usd_per_hour, args.tail, prepare, note)
+    setup = max(since, args.setup)
+    prepare = None if args.prepare is None else max(setup, args.prepare)  # no second twice
+    machine = Held(since, setup, usd_per_hour, args.tail, prepare, note)
     held.write(Path(args.folder), machine)
     limits = [args.budget_hours * 3600] if args.budget_hours else []
     if args.budget_usd:

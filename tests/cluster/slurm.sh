@@ -252,7 +252,7 @@ first_process() {
   mount --bind "$SHARED" "$ROOT$SHARED"  # last: it may lie inside the checkout
   hostname "$NODE"
   chroot --userspec=munge:munge "$ROOT" /usr/sbin/munged
-  chroot "$ROOT" /usr/sbin/slurmctld
+  chroot "$ROOT" /usr/sbin/slurmctld -c  # no job of an earlier node lives: its state is forgotten
   chroot "$ROOT" /usr/sbin/slurmd
   chroot "$ROOT" /usr/sbin/sshd -f /etc/ssh/sshd_cluster
   mv "$FOLDER/init.pid.new" "$FOLDER/init.pid"

@@ -322,7 +322,8 @@ stage_prepare() {
 stage_train() {
   local since began=() price
   since=$(paid_since) || return
-  [ ! -e "$RUN/prepare" ] || began=(--prepare "$(cat "$RUN/prepare")")
+  # of this machine's own set-up: on a disk that stays, an earlier task's is there too
+  [ ! "$RUN/prepare" -nt "$RUN/setup" ] || began=(--prepare "$(cat "$RUN/prepare")")
   price=$("$PYTHON" -m tuppence.node held "$RUN" --since "$since" --setup "$(cat "$RUN/setup")" "${began[@]}" \
     --tail "$TAIL" --nodes "$NODES" ${PRICE:+--usd-per-hour "$PRICE"} ${BUDGET_USD:+--budget-usd "$BUDGET_USD"} \
     ${BUDGET_HOURS:+--budget-hours "$BUDGET_HOURS"}) || return

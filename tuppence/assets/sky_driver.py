@@ -21,15 +21,7 @@ import traceback
 
 sys.dont_write_bytecode = True  # the package's folder stays as it was installed
 
-from sky_catalog import (  # noqa: E402
-    chain,
-    controller,
-    enabled,
-    quote,
-    resolve,
-    validate,
-    version,
-)
+from sky_catalog import chain, controller, enabled, quote, version  # noqa: E402
 from sky_errors import ANSI, MESSAGE_CHARS, code_of, message_of  # noqa: E402
 
 os.environ["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
@@ -144,6 +136,7 @@ def _row(record):
         "submitted_at": record.submitted_at,
         "start_at": record.start_at,
         "end_at": record.end_at,
+        "recovered_at": record.last_recovered_at if (record.last_recovered_at or 0) > 0 else None,
         "job_duration": record.job_duration,
         "recoveries": record.recovery_count or 0,
         "failure": " ".join(ANSI.sub("", reason).split())[:MESSAGE_CHARS],
@@ -321,15 +314,8 @@ def _kept_log(asked, out):
 
 VERBS = {
     **{"version": version, "enabled": enabled, "quote": quote, "controller": controller},
-    **{"validate": validate, "resolve": resolve, "launch": launch, "queue": queue},
-    **{
-        "clusters": clusters,
-        "costs": costs,
-        "look": look,
-        "cancel": cancel,
-        "down": down,
-        "logs": logs,
-    },
+    **{"launch": launch, "queue": queue, "clusters": clusters, "costs": costs, "look": look},
+    **{"cancel": cancel, "down": down, "logs": logs},
 }
 
 if __name__ == "__main__":

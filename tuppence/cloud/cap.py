@@ -4,11 +4,12 @@ The trainer ends by its own clock inside the budget, and a timer on its machine 
 hangs; this is for what neither can: a machine that does not go away, a store that nobody can reach,
 a price that is not the planned one.
 
-    spent      the ledger, and what passed since its last word  >  budget + 2 minutes
+    spent      the ledger, and what passed since its last word  >  budget + 2 minutes a machine
     outlived   SkyPilot's meter                                 >  budget + 15 minutes a machine
     runaway    a stage without a budget in money or hours       >  3 times what it was planned at
     left       a machine whose task ended more than 2 minutes ago
 
+Preparation and evaluation on the machine that trains may cost 3 times their plan beside the budget.
 The allowances are at the machine's price: SkyPilot's meter counts what it waits for a machine, and
 the last two minutes are the trainer's own, whose bill was charged in advance.
 """
@@ -24,7 +25,6 @@ BOOT_SECONDS = 900.0  # of waiting for a machine, which SkyPilot's meter counts
 RUNAWAY = 3.0
 NEAR = 0.9
 DEARER = 1.1  # a machine whose price a person should hear of
-PHASES = {"prepare": ("prepare",), "eval": ("evaluate",)}  # of the plan, beside the budget's
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ def cap_usd(launch: Launch, stage: Stage, each: StageStanding) -> float:
     """Dollars that a stage may cost, allowances aside."""
     if "train" not in stage.does:
         return RUNAWAY * stage.usd
-    names = [phase for verb in stage.does for phase in PHASES.get(verb, ())]
-    beside = RUNAWAY * sum(launch.phases.get(phase, 0.0) for phase in names)
     limits = []
     if launch.budget.usd is not None:
         limits.append(launch.budget.usd)
     if launch.budget.hours is not None:
         limits.append(launch.budget.hours * each.usd_per_hour)
-    return min(limits) + beside if limits else RUNAWAY * stage.usd
+    return min(limits) + RUNAWAY * stage.beside_usd if limits else RUNAWAY * stage.usd
 
 
 def acts(
@@ -93,7 +91,7 @@ def _of_stage(launch: Launch, stage: Stage, each: StageStanding) -> list[Act]:
         what = f"{name}: ${each.usd:.2f} of ${cap:.2f} is spent ({each.usd / cap:.0%})"
         found.append(Act("near", f"near {name} {cap:.4f}", what))
     over = None
-    if money and each.inside_usd > cap + GRACE_SECONDS * rate:
+    if money and each.inside_usd > cap + GRACE_SECONDS * (1 + each.recoveries) * rate:
         over = ("spent", f"the ledger stands at ${each.inside_usd:.4f} of ${cap:.4f}")
     elif each.metered_usd > cap + (BOOT_SECONDS * each.incarnations + GRACE_SECONDS) * rate:
         code = "outlived" if money else "runaway"

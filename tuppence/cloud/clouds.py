@@ -110,6 +110,8 @@ def why_not(offer: Offer, *, nodes: int, clouds: frozenset[str] | None = None) -
     cloud = place_of(offer)[0]
     if cloud == LOCAL:
         return "machine.cloud=local is a machine that is there: tuppence run there, or --ssh HOST"
+    if (offer.gpu or "").startswith("MI"):
+        return f"{offer.gpu}: machines are set up for NVIDIA cards, not AMD's"
     if cloud in NO_AUTODOWN:
         return f"SkyPilot runs no managed job on {cloud}: a machine there cannot end itself"
     if nodes > 1 and cloud in ONE_NODE:

@@ -65,6 +65,62 @@ def _chosen(options: Sequence[Option], enabled: Clouds) -> Option:
     return next(option for option in options if _is_able(option, enabled))
 
 
+def offered(options: Sequence[Option], region: str | None) -> list[Option]:
+    """Those of the region, at its price. Raises UserError where the price book has none."""
+    places = [clouds.place_of(option.seller.offer) for option in options]
+    if region is None or places[0][0] in CLUSTERS:
+        return list(options)
+    found = [o for o, (_, there) in zip(options, places, strict=True) if there == region]
+    if not found:
+        known = ", ".join(sorted({there for _, there in places if there})) or "none"
+        raise UserError(
+            f"--infra {places[0][0]}/{region}: the price book has no such machine there; regions "
+            f"with one: {known}"
+        )
+    return found
+
+
+def in_region(stage: Stage, region: str) -> Stage:
+    """Only machines of the region; a cluster's are all there. Raises UserError where none is."""
+    cloud = stage.machines[0].cloud
+    if cloud in CLUSTERS:
+        return replace(stage, machines=tuple(replace(m, region=region) for m in stage.machines))
+    found = tuple(machine for machine in stage.machines if machine.region == region)
+    if not found:
+        raise UserError(
+            f"--infra {cloud}/{region}: the price book has no machine there for {stage.name}; "
+            f"leave the region out, or --no-apart prepares on the training machine"
+        )
+    return replace(stage, machines=found)
+
+
+def from_chosen(
+    options: Sequence[Option], machines: Sequence[Rented]
+) -> tuple[list[Option], dict[str, int]]:
+    """The options that can be rented: those that were taken, `machines`, ahead of the others; and
+    why ones better than the choice are left out, with how many."""
+    at = next(i for i, option in enumerate(options) if _is_of(option, machines[0]))
+    reasons = [
+        clouds.why_not(o.seller.offer, nodes=o.nodes) or "not for rent now, or no credentials"
+        for o in options[:at]
+    ]
+    able = [o for o in options[at:] if not o.fits or _is_able(o, None)]
+    able.sort(key=lambda option: not any(_is_of(option, machine) for machine in machines))
+    return able, {why: reasons.count(why) for why in reasons}
+
+
+def _is_of(option: Option, machine: Rented) -> bool:
+    offer = option.seller.offer
+    place = (machine.cloud, machine.region)
+    kind = (machine.instance_type, machine.gpu_count, machine.spot)
+    own = (clouds.instance_type_of(offer), offer.gpu_count, option.seller.spot)
+    return (
+        kind == own
+        and place[0] == _cloud(option)
+        and (place[0] in CLUSTERS or place == clouds.place_of(offer))
+    )
+
+
 def _is_able(option: Option, enabled: Clouds) -> bool:
     offer = option.seller.offer
     return option.fits and clouds.why_not(offer, nodes=option.nodes, clouds=enabled) is None

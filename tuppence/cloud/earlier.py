@@ -37,6 +37,9 @@ def is_over(folder: Path, before: Record | None, sky: Sky) -> bool:
     if last and all(row.status == "SUCCEEDED" for row in last):
         record.write(folder, replace(before, state="finished"))
         return True
+    if not rows and before.launch.tasks is None and _has_ended(before):
+        record.write(folder, replace(before, state="finished"))
+        return True  # SkyPilot's machine that watched it was stopped, and tells of no job
     _check_left(before)
     return False
 
@@ -53,15 +56,24 @@ def _check_left(before: Record) -> None:
             )
 
 
-def spent(before: Record) -> tuple[float, float]:
-    """Dollars and hours that the run's ledger on the store has; none where there is no run yet."""
+def _folder(before: Record) -> RunFolder | None:
+    """The run on the store; None where nothing of it is there yet."""
     try:
         if is_url(before.run_url):
-            folder = bucket.onlooker(before.run_url, brief=True).look()
-        else:
-            folder = RunFolder(Path(before.run_url))
-    except UserError:  # nothing of the run is there yet
-        return 0.0, 0.0
-    rows = list(folder.rows("ledger"))
+            return bucket.onlooker(before.run_url, brief=True).look()
+        return RunFolder(Path(before.run_url))
+    except UserError:
+        return None
+
+
+def _has_ended(before: Record) -> bool:
+    folder = _folder(before)
+    return folder is not None and any(row["code"] == "end" for row in folder.rows("events"))
+
+
+def spent(before: Record) -> tuple[float, float]:
+    """Dollars and hours that the run's ledger on the store has; none where there is no run yet."""
+    folder = _folder(before)
+    rows = list(folder.rows("ledger")) if folder is not None else []
     usd = sum(row["usd"] for row in rows)
     return usd, sum(row["end"] - row["start"] for row in rows) / 3600

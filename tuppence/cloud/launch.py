@@ -40,7 +40,8 @@ class Rented:
 @dataclass(frozen=True)
 class Stage:
     """One task: what it `does` in order on `nodes` machines of one kind, which it is given in the
-    order of `machines` (the planner's choice first). `usd` and `seconds` are from boot to end."""
+    order of `machines` (the planner's choice first). `usd` and `seconds` are from boot to end;
+    `beside_usd` of it are for preparation and evaluation on the machine that trains."""
 
     name: str
     does: tuple[str, ...]
@@ -49,6 +50,7 @@ class Stage:
     seconds: float
     usd: float
     disk_gb: float
+    beside_usd: float = 0.0
 
 
 @dataclass(frozen=True)

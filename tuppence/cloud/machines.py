@@ -5,7 +5,7 @@ text ──▶ a CPU machine of that cloud, or the training machine: whichever c
 eval ──▶ the training machine, or one with one GPU: whichever costs less
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuppence.cloud import clouds, scoring
@@ -81,6 +81,7 @@ def stages_of(
         with_training = "train" in wanted and not _is_apart(asked, own, shared, apart)
         if with_training:
             train = _train(asked, chosen, does=("prepare", "train"), extra=shared.seconds)
+            train = replace(train, beside_usd=shared.usd)
         else:
             found.append(own or _alone(asked, chosen, shared))
     if "train" in wanted:
@@ -322,6 +323,7 @@ def _judged(asked: Asked, chosen: list[Option], found: list[Stage], tasks: str) 
         does=(*last.does, "eval"),
         seconds=last.seconds + here.seconds,
         usd=last.usd + here.usd,
+        beside_usd=last.beside_usd + here.usd,
     )
     return [*found[:-1], joined]
 
@@ -378,19 +380,5 @@ def _cpu(offer: Offer) -> Rented:
         memory_gib=offer.memory_gib,
         spot=False,
         usd_per_hour=offer.usd_per_hour or 0.0,
-        price="a part of your price" if cloud in CLUSTERS else f"on demand, {at}",
-    )
-
-
-def in_regions(
-    machine: Rented, usd_by_region: Mapping[str, float], *, max_price_rise: float, most: int = MOST
-) -> tuple[Rented, ...]:
-    """The same machine in every region that asks no more than the planned price and its allowed
-    rise: the planned region first, then the cheapest. What a quote of today said of it."""
-    limit = machine.usd_per_hour * (1 + max_price_rise)
-    fitting = [(usd, region) for region, usd in usd_by_region.items() if usd <= limit]
-    ordered = sorted(fitting, key=lambda each: (each[1] != machine.region, *each))
-    return tuple(
-        replace(machine, region=region, usd_per_hour=usd, price=f"{machine.price}, quoted today")
-        for usd, region in ordered[:most]
+        price="by its vCPUs, a part of your price" if cloud in CLUSTERS else f"on demand, {at}",
     )

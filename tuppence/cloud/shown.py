@@ -9,6 +9,7 @@ from tuppence.plan.prices import CLUSTERS, LOCAL
 from tuppence.plan.stages import GB, HOUR
 
 Document = dict[str, Any]
+CENT = 0.005
 
 
 def machine_text(machine: Rented, nodes: int = 1) -> str:
@@ -17,6 +18,8 @@ def machine_text(machine: Rented, nodes: int = 1) -> str:
     parts = [" ".join(word for word in place if word)]
     if machine.accelerator:
         parts.append(f"{machine.gpu_count} {machine.accelerator}")
+    elif machine.instance_type is None and machine.vcpus:
+        parts.append(f"{machine.vcpus:g} vCPUs, by their part of its price")
     parts += ["spot"] if machine.spot else []
     return (f"{nodes} x " if nodes > 1 else "") + ", ".join(parts)
 
@@ -30,6 +33,11 @@ def stages_text(launch: Launch) -> str:
         rows += [
             ("", f"else {machine_text(m, stage.nodes)}", _price(m, stage), "", "") for m in others
         ]
+    beside = (
+        ("storage", "during the run, disks included", launch.phases.get("store", 0.0)),
+        ("egress", "between the store's cloud and others", launch.phases.get("egress", 0.0)),
+    )
+    rows += [(name, what, "", "", f"{usd:.2f}") for name, what, usd in beside if usd >= CENT]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -53,10 +61,10 @@ def bill_text(launch: Launch, *, kept: Stored, controller: str) -> str:
     """What it is expected to cost, and what bounds that."""
     train = next(stage for stage in launch.stages if "train" in stage.does)
     hours = sum(stage.seconds for stage in launch.stages) / HOUR
-    usd = launch.usd
     rows = [
-        ("expected", f"${usd.mid:.2f} (${usd.low:.2f} to ${usd.high:.2f}, 80%), {hours:.2f} hours"),
+        ("expected", f"{expected(launch)}, {hours:.2f} hours"),
         ("budget", limits_text(launch)),
+        ("shared", shared_text(launch, train)),
         ("price", f"{train.machines[0].price}; {launch.prices_from}"),
         ("storage", storage_text(launch, kept)),
         ("jobs", controller),
@@ -71,8 +79,27 @@ def bill_text(launch: Launch, *, kept: Stored, controller: str) -> str:
 
 
 def expected(launch: Launch) -> str:
-    """`$21.02 (17.89 to 24.90)`."""
-    return f"${launch.usd.mid:.2f} ({launch.usd.low:.2f} to {launch.usd.high:.2f})"
+    """`$21.02 (17.89 to 24.90, 80%)`."""
+    usd = launch.usd
+    spread = usd.high - usd.low >= CENT
+    return f"${usd.mid:.2f}" + (f" ({usd.low:.2f} to {usd.high:.2f}, 80%)" if spread else "")
+
+
+def shared_text(launch: Launch, train: Stage) -> str:
+    """What other work on the training machine does to a budget in dollars or hours."""
+    budget = launch.budget
+    if budget.usd is None and budget.hours is None:
+        return ""
+    said = []
+    if "prepare" in train.does and train.usd:
+        took = launch.phases.get("prepare", 0.0)
+        said.append(
+            f"preparation takes about ${took:.2f} of the budget, so about {took / train.usd:.0%} "
+            f"fewer tokens than the table says are trained"
+        )
+    if "eval" in train.does:
+        said.append("evaluation after training is beside the budget, on the same machine")
+    return "; ".join(said)
 
 
 def would_make(launch: Launch, *, texts: str | None) -> list[str]:
@@ -107,7 +134,11 @@ def limits_text(launch: Launch) -> str:
     said = " and ".join(text for text in limits.values() if text)
     if budget.usd is None and budget.hours is None:
         return f"{said}; no clock stops it: add budget.usd or budget.hours to bound the bill"
-    return f"{said} for the training machine, its boot and end included; it is stopped there"
+    text = f"{said} for the training machine, its boot and end included; it is stopped there"
+    if budget.usd is None:
+        return text
+    train = next(stage for stage in launch.stages if "train" in stage.does)
+    return f"{text}; ${launch.usd.mid - min(train.usd, budget.usd):.2f} is expected beside it"
 
 
 def storage_text(launch: Launch, kept: Stored) -> str:
@@ -127,8 +158,10 @@ def controller_text(launch: Launch, told: Document | None) -> str:
         clouds = {stage.machines[0].cloud for stage in launch.stages}
         rented = clouds - set(CLUSTERS)
         return (
-            "SkyPilot looks after the job from a small machine of its own, billed beside this "
-            "(jobs.controller.consolidation_mode in ~/.sky/config.yaml spares it)"
+            "SkyPilot looks after the job from a machine of its own (4 vCPUs, 16 GiB; its price is "
+            "asked at a launch), billed beside this, until 10 minutes after the last job; then it "
+            "is stopped and its disk of 50 GB stays (jobs.controller.consolidation_mode in "
+            "~/.sky/config.yaml spares it)"
             if rented
             else ""
         )
@@ -138,7 +171,11 @@ def controller_text(launch: Launch, told: Document | None) -> str:
     each = "" if price is None else f" at about ${price:.2f} an hour"
     idle = told.get("idle_minutes")
     until = "" if idle is None else f", until {idle:g} minutes after the last job"
-    return f"SkyPilot looks after the job from a machine of its own{each}{until}"
+    stays = "; then it is stopped and its disk stays" if until else ""
+    return (
+        f"SkyPilot looks after the job from a machine of its own, billed beside this{each}{until}"
+        f"{stays}"
+    )
 
 
 def as_document(launch: Launch) -> Document:

@@ -47,7 +47,7 @@ class Unreachable(Fault):
 @dataclass(frozen=True)
 class Job:
     """One task of a managed job. Times are seconds since the epoch; `job_duration` is SkyPilot's,
-    from the moment the machine was up, without recoveries."""
+    from the moment the machine was up, without recoveries; `recovered_at` of the last one."""
 
     job_id: int
     task_id: int
@@ -63,6 +63,7 @@ class Job:
     submitted_at: float | None
     start_at: float | None
     end_at: float | None
+    recovered_at: float | None
     job_duration: float | None
     recoveries: int
     failure: str
@@ -187,14 +188,6 @@ class Sky:
     def queue(self, name: str) -> list[Job]:
         """The tasks of the job of this name, in their order, finished or not."""
         return _jobs(self.ask("queue", name=name)["jobs"])
-
-    def clusters(self, *, refresh: bool = False) -> list[Cluster]:
-        """All that SkyPilot holds now; `refresh`: as the clouds say."""
-        return [_read(Cluster, row) for row in self.ask("clusters", refresh=refresh)["clusters"]]
-
-    def costs(self, names: Iterable[str]) -> list[Cost]:
-        """What SkyPilot's meter says of clusters of these names."""
-        return _costs(self.ask("costs", names=sorted(names))["clusters"])
 
     def look(self, names: Sequence[str], *, refresh: bool = False) -> Look:
         """All that a guard wants to know of jobs of these names; `refresh`: as the clouds say."""

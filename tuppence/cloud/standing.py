@@ -11,7 +11,7 @@ is the larger. SkyPilot's price of a machine is 0 where it knows none: then the 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuppence.cloud.launch import Launch, Rented, Stage
@@ -19,8 +19,10 @@ from tuppence.cloud.record import Record
 from tuppence.cloud.sky import Cluster, Cost, Job, Look
 
 BOOT_SECONDS = 300.0  # of a machine that SkyPilot's meter does not tell of, at most
-NEW_SECONDS = 600.0  # until a launch that SkyPilot does not know yet is one that it never knew
+NEW_SECONDS = 600.0  # until a job that has a number and is not in SkyPilot's queue is lost
+ASKED_SECONDS = 4800.0  # the same without a number: a launch waits for the controller's machine
 STARTING = ("PENDING", "SUBMITTED", "STARTING")
+WAITING = (*STARTING, "RECOVERING")  # for a machine
 STATES = {"RECOVERING": "recovering", "CANCELLING": "stopping", "SUCCEEDED": "finished"}
 LOST = "SkyPilot does not know its job: another server or HOME had it; look at your cloud's console"
 OVER = ("finished", "failed", "stopped", "lost")  # states in which nothing more comes
@@ -117,7 +119,7 @@ def standing(record: Record, look: Look, inside: Inside | None, *, now: float) -
     stages = tuple(_stage(stage, launch, look, rows, inside, now=now) for stage in launch.stages)
     known = {row.cluster for row in look.jobs if any(is_of(row, s) for s in launch.stages)}
     other = sum(_paid(cost, None) for cost in look.costs if cost.name not in known)
-    state = _state(record, rows, now=now)
+    state = _state(record, rows, inside, now=now)
     current = _current(stages, state)
     over = {row.cluster for row in look.jobs if row.finished}
     left = _seconds_left(launch, stages, inside, state)
@@ -213,24 +215,43 @@ def _paid(cost: Cost, stage: Stage | None) -> float:
 
 
 def _ran(row: Job, *, now: float) -> float:
-    """Seconds that a task has held its machine, by the queue alone; recoveries are in it."""
+    """Seconds that a task has held machines, by the queue alone: without what it waited for them
+    in a recovery, and with a boot for each."""
     if row.start_at is None:
         return 0.0
-    boot = min(BOOT_SECONDS, row.start_at - (row.submitted_at or row.start_at))
-    return max(0.0, (row.end_at or now) - row.start_at) + max(0.0, boot)
+    boot = min(BOOT_SECONDS, max(0.0, row.start_at - (row.submitted_at or row.start_at)))
+    ran = (row.end_at or now) - row.start_at
+    if row.recoveries and row.job_duration is not None:
+        ran = row.job_duration
+    return max(0.0, ran) + boot * (1 + row.recoveries)
 
 
-def _open_usd(inside: Inside, costs: Iterable[Cost], row: Job | None, *, now: float) -> float:
-    """What machines have cost since the ledger's last word, while the trainer had not ended."""
-    if inside.alive_at is None or not inside.usd_per_hour:
+def _open_usd(inside: Inside, costs: Sequence[Cost], row: Job | None, *, now: float) -> float:
+    """What machines have cost since the ledger's last word, while the trainer had not ended.
+
+    Of the machine that it ran on, and of the one that is up now. Another interval of SkyPilot's
+    meter is an attempt to get a machine, which nobody is paid for.
+    """
+    spoke = inside.alive_at
+    if spoke is None or not inside.usd_per_hour or inside.state not in ("running", "dead"):
         return 0.0
-    if inside.state not in ("running", "dead"):
-        return 0.0
-    spans = [span for cost in costs for span in cost.intervals]
-    if not spans and row is not None and row.start_at is not None:
-        spans = [(row.start_at, row.end_at)]
-    since = sum(max(0.0, (end or now) - max(start, inside.alive_at)) for start, end in spans)
+    waits = row is not None and row.status in WAITING
+    since = 0.0
+    for start, end, status in _spans(costs, row):
+        is_last = start <= spoke
+        if is_last or (end is None and status == "UP" and not waits):
+            since += max(0.0, (end or now) - max(start, spoke))
     return since / 3600 * inside.usd_per_hour
+
+
+def _spans(costs: Sequence[Cost], row: Job | None) -> list[tuple[float, float | None, str | None]]:
+    """Start, end and state of machines; where SkyPilot's meter is not to be seen, of the last one
+    by the queue."""
+    if costs:
+        return [(*span, cost.status) for cost in costs for span in cost.intervals]
+    if row is None or row.start_at is None or row.status in WAITING:
+        return []
+    return [(row.recovered_at or row.start_at, row.end_at, "UP")]
 
 
 def _price(stage: Stage, said: str | None, region: str | None) -> float:
@@ -273,14 +294,18 @@ def _cards(machine: Rented) -> str:
 # ---------------------------------------------------------------- the whole
 
 
-def _state(record: Record, rows: Sequence[Job], *, now: float) -> str:
-    """One word for the launch, by its newest job."""
+def _state(record: Record, rows: Sequence[Job], inside: Inside | None, *, now: float) -> str:
+    """One word for the launch, by its newest job; where SkyPilot shows none, since the machine that
+    watched it stopped when all was over, the run's own."""
     if not rows:
         if record.state in ("stopped", "finished"):
             return record.state
         if not record.jobs:
             return "planned"
-        return "starting" if now - record.jobs[-1].asked_at < NEW_SECONDS else "lost"
+        asked = record.jobs[-1]
+        if now - asked.asked_at < (ASKED_SECONDS if asked.job_id is None else NEW_SECONDS):
+            return "starting"
+        return inside.state if inside is not None and inside.state in OVER else "lost"
     if all(row.finished for row in rows):
         if any("FAILED" in row.status for row in rows):
             return "failed"

@@ -1,7 +1,9 @@
 """A launch's standing in words: a line of a list, or a page."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from tuppence.cloud.sky import Cluster
 from tuppence.cloud.standing import OVER, Standing
 from tuppence.live import duration
 
@@ -78,3 +80,31 @@ def page(seen: Document) -> list[str]:
     if seen["failure"]:
         lines.append(f"failed    {seen['failure']}")
     return lines
+
+
+def controllers(held: Sequence[Cluster]) -> list[str]:
+    """Machines of SkyPilot's own that are up, and how they end."""
+    found = []
+    for each in held:
+        price = f" at ${each.usd_per_hour:.3f}/h" if each.usd_per_hour else ""
+        ends = (
+            f"stops after {each.autostop} idle minutes" if each.autostop else "`sky down` ends it"
+        )
+        if each.status != "STOPPED":
+            found.append(
+                f"SkyPilot's own machine {each.name} watches your managed jobs{price}; {ends}"
+            )
+    return found
+
+
+def stays(name: str, store: str, storage: Document) -> str:
+    """What a store still costs, and how that ends; nothing where it is empty."""
+    if storage["note"]:
+        return f"{store}: {storage['note']}"
+    if not storage["bytes"]:
+        return ""
+    return (
+        f"{store}: {storage['bytes'] / 1e9:.2f} GB of it stay, at "
+        f"${storage['usd_per_month']:.2f} a month; tuppence stop {name} --bucket deletes what the "
+        f"launch made"
+    )

@@ -115,10 +115,14 @@ def delete(record: Record, *, data: bool = False) -> dict[str, int]:
     """Delete what this launch made: its run, its kit and its texts where it sent them, and with
     `data` the shards; the bucket too where it made it and nothing is left. Bytes by part.
 
-    What is not `made` by it stays: another launch may read it. Again on an emptied store is fine.
+    What is not `made` by it stays: another launch may read it. So do kit and texts while another
+    run lies on the store, or a launch has marked a kit. Again on an emptied store is fine.
     """
     place, launch = opened(record.launch.store), record.launch
     under = [url.removeprefix(f"{launch.store}/") for url in record.made if url != launch.store]
+    if _has_others(place, launch):
+        own = ("runs/", mark(launch))
+        under = [each for each in under if each.startswith(own)]
     under += ["data"] if data else []
     gone: dict[str, int] = {}
     for folder in under:
@@ -131,6 +135,19 @@ def delete(record: Record, *, data: bool = False) -> dict[str, int]:
     if launch.store in record.made and is_url(launch.store) and not place.find():
         _drop_if_empty(place)
     return gone
+
+
+def mark(launch: Launch) -> str:
+    """Where a launch says that it reads a kit, which another may have sent."""
+    return f"kit/{launch.kit}/launches/{launch.name}"
+
+
+def _has_others(place: Store, launch: Launch) -> bool:
+    """Whether another launch or run is on the store."""
+    marks = [name.split("/") for name in place.find("kit")]
+    names = {parts[3] for parts in marks if parts[2:3] == ["launches"] and len(parts) > 4}
+    names |= {name.split("/")[1] for name in place.find("runs")}
+    return bool(names - {launch.name})
 
 
 def _drop_if_empty(place: Store) -> None:

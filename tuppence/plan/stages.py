@@ -117,6 +117,13 @@ def storage_usd(gigabytes: float, *, months: float, usd_per_gb_month: float) -> 
     return gigabytes * months * usd_per_gb_month
 
 
+def disks_usd(cloud: str, held_seconds: float, nodes: int) -> float:
+    """Boot disks while the machines are held; 0 where it is not known that they are billed."""
+    disk = storage_usd_per_gb_month(cloud, "block")
+    months = 0.0 if disk.assumed else held_seconds / MONTH
+    return nodes * storage_usd(BOOT_DISK_GB, months=months, usd_per_gb_month=disk.usd)
+
+
 def egress_usd(gigabytes: float, *, usd_per_gb: float) -> float:
     """gigabytes x usd_per_gb."""
     return gigabytes * usd_per_gb
@@ -326,11 +333,8 @@ def _store(offer: Offer, *, stored_bytes: int, held_seconds: float, nodes: int) 
     disks while the machines are held, where the cloud is known to bill them apart."""
     months = max(held_seconds / MONTH, KEPT_AT_LEAST_MONTHS)
     rate = storage_usd_per_gb_month(offer.cloud)
-    disk = storage_usd_per_gb_month(offer.cloud, "block")
     usd = storage_usd(stored_bytes / GB, months=months, usd_per_gb_month=rate.usd)
-    if not disk.assumed:
-        held = held_seconds / MONTH
-        usd += nodes * storage_usd(BOOT_DISK_GB, months=held, usd_per_gb_month=disk.usd)
+    usd += disks_usd(offer.cloud, held_seconds, nodes)
     return months * MONTH, usd, _assumed_note(offer, rate, "store", "GB-month")
 
 

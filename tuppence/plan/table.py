@@ -24,13 +24,21 @@ DISPENSABLE = ("MFU", "store", "prepare", "held $", "tokens", "$/h", "GPUs")  # 
 Document = dict[str, Any]
 
 
-def options_text(options: Sequence[Document], *, rows: int = ROWS, width: int | None = None) -> str:
+def options_text(
+    options: Sequence[Document],
+    *,
+    rows: int = ROWS,
+    width: int | None = None,
+    more: str = "--all shows them",
+    without: Sequence[str] = (),
+) -> str:
     """The table of what fits, and how many machines do not and why. `options` as in the document,
-    the best first; `width` is the screen's, None where it does not end."""
+    the best first; `width` is the screen's, None where it does not end; `more` says where the rest
+    is shown, `without` which columns are not."""
     fitting = [o for o in options if o["fits"]]
-    lines = _table(fitting[:rows], width)
+    lines = _table(fitting[:rows], width, without)
     if len(fitting) > rows:
-        lines.append(f"and {len(fitting) - rows} more that fit (--all shows them)")
+        lines.append(f"and {len(fitting) - rows} more that fit ({more})")
     refused = [o for o in options if not o["fits"]]
     if refused:
         lines += [
@@ -40,7 +48,9 @@ def options_text(options: Sequence[Document], *, rows: int = ROWS, width: int | 
     return "\n".join(lines)
 
 
-def _table(fitting: Sequence[Document], width: int | None) -> list[str]:
+def _table(
+    fitting: Sequence[Document], width: int | None, without: Sequence[str] = ()
+) -> list[str]:
     names = _names(fitting)
     columns: dict[str, list[str]] = {
         "machine": names,
@@ -56,7 +66,8 @@ def _table(fitting: Sequence[Document], width: int | None) -> list[str]:
         "total $": [_spanned(o, "usd", dollars) for o in fitting],
         "val loss": [_spanned(o, "loss", "{:.3f}".format) for o in fitting],
     }
-    for name in DISPENSABLE:
+    columns = {name: cells for name, cells in columns.items() if name not in without}
+    for name in [name for name in DISPENSABLE if name in columns]:
         lines = _aligned([tuple(columns), *zip(*columns.values(), strict=True)])
         if width is None or max(map(len, lines)) <= width:
             return lines
