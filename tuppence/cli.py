@@ -1,7 +1,7 @@
 """The command line: reads the words, calls the verb, turns errors into one line and an exit code.
 
     0 done    1 a fault    2 the input was wrong    3 does not fit the budget or the machine
-    128 + n   stopped by signal n, after saving
+    4 another attempt has taken the run    128 + n   stopped by signal n, after saving
 
 Nothing here imports torch; verbs.py does, in the verbs that need it.
 """

@@ -19,3 +19,9 @@ class Fault(RuntimeError):
     """Something broke that is not the person's input, such as a damaged shard: one clear line."""
 
     exit_code = 1
+
+
+class Overtaken(Fault):
+    """A newer attempt has the run: this one must not be tried again, or it would take it back."""
+
+    exit_code = 4

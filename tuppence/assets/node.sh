@@ -29,7 +29,7 @@
 #     --tasks A,B           of eval (bpb)
 #     --gpus N              processes to start; without it all GPUs that are here and ours
 #
-# Exit code: the stage's own (0 done, 2 wrong input, 3 does not fit, 1 a fault, 128+n stopped by a signal after saving);
+# Exit code: the stage's own (0 done, 2 wrong input, 3 does not fit, 1 a fault, 4 overtaken, 128+n stopped by a signal after saving);
 # 124 where the dead-man timer stopped it; 75 where the stage failed twice and another machine may help.
 # Several nodes: $SKYPILOT_NODE_IPS, $SKYPILOT_NODE_RANK. A provider's notice that a spot machine goes away is not asked
 # for: the trainer's last checkpoint is seconds old.
@@ -38,6 +38,7 @@ set -euo pipefail
 RETRY_AFTER=60       # a stage that ran so long before it failed is tried once more
 MOST_MOVES=2         # how often a run may ask for another machine because a stage failed
 KILL_AFTER=20        # seconds between the dead-man timer's TERM and its KILL
+LAST_WORDS=15        # seconds for the bill of a trainer that is gone
 SETUP_LIMIT=1800     # seconds that one step of set-up may take: a download can hang
 BEFORE_BOOT=20       # clouds start the clock before the kernel starts its own (assumed)
 SELF=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
@@ -291,7 +292,7 @@ with_retry() {
   [ $code != 0 ] || return 0
   say "$1 ended with exit code $code"
   if [ "$1" = train ] && [ "$NODE_RANK" = 0 ] && [ -z "$STOPPED" ]; then
-    "$PYTHON" -m tuppence.node charge "$STORE/runs/$NAME" "$RUN" || true  # what the trainer could not: it is gone
+    timeout "$LAST_WORDS" "$PYTHON" -m tuppence.node charge "$STORE/runs/$NAME" "$RUN" || true  # what the trainer could not: it is gone
   fi
   if [ -n "$again" ] && may_pass $code && another_machine; then code=75; fi
   exit $code
@@ -314,19 +315,26 @@ attempt() {
 stage_prepare() {
   [ "$NODE_RANK" = 0 ] || return 0
   [ "$RUN/prepare" -nt "$RUN/setup" ] || date +%s.%N >"$RUN/prepare"
+  if [[ " ${STAGES[*]} " == *' train '* ]]; then hold >/dev/null || return; fi  # the budget bounds it here
   until_limit prepare
   COMMAND=("$PYTHON" -m tuppence prepare "${WORDS[@]}" --data "$STORE/data")
   watched prepare
 }
 
-stage_train() {
-  local since began=() price
+# held.json and the first deadline of what the budget covers; prints the price.
+hold() {
+  local since began=()
   since=$(paid_since) || return
   # of this machine's own set-up: on a disk that stays, an earlier task's is there too
   [ ! "$RUN/prepare" -nt "$RUN/setup" ] || began=(--prepare "$(cat "$RUN/prepare")")
-  price=$("$PYTHON" -m tuppence.node held "$RUN" --since "$since" --setup "$(cat "$RUN/setup")" "${began[@]}" \
+  "$PYTHON" -m tuppence.node held "$RUN" --since "$since" --setup "$(cat "$RUN/setup")" "${began[@]}" \
     --tail "$TAIL" --nodes "$NODES" ${PRICE:+--usd-per-hour "$PRICE"} ${BUDGET_USD:+--budget-usd "$BUDGET_USD"} \
-    ${BUDGET_HOURS:+--budget-hours "$BUDGET_HOURS"}) || return
+    ${BUDGET_HOURS:+--budget-hours "$BUDGET_HOURS"}
+}
+
+stage_train() {
+  local price
+  price=$(hold) || return
   ranks train "${WORDS[@]}" "machine.usd_per_hour=$price" --runs "$STORE/runs" --data "$STORE/data" \
     --held "$RUN/held.json"
   watched train
@@ -461,12 +469,12 @@ put_down() {
 }
 
 # Whether this number is still the stage's own process: its environment says so.
-belongs() { grep -qsxz "TUPPENCE_STAGE=$2" "/proc/$1/environ"; }
+belongs() { grep -qsxzF "TUPPENCE_STAGE=$2" "/proc/$1/environ"; }
 
 # Every process of the stage, in whatever session: torchrun's ranks have their own.
 marked() {
   local file
-  grep -lsxz "TUPPENCE_STAGE=$1" /proc/[0-9]*/environ | while read -r file; do
+  grep -lsxzF "TUPPENCE_STAGE=$1" /proc/[0-9]*/environ | while read -r file; do
     file=${file#/proc/}
     echo "${file%%/*}"
   done
@@ -481,6 +489,9 @@ if [ "${1:-}" = --dead-man ]; then
 fi
 STOPPED='' CHILD=''
 read_words "$@"
+for tool in setsid flock timeout; do
+  command -v $tool >/dev/null || refuse "$tool is not on this machine: the timer that ends a hung trainer needs it (util-linux, coreutils)"
+done
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 mkdir -p "$RUN" 2>/dev/null || refuse "$WORK cannot be written: give --work a folder of your own"

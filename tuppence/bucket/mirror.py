@@ -36,7 +36,7 @@ from tuppence.bucket.layout import (
 )
 from tuppence.bucket.relay import drop_parts
 from tuppence.bucket.retire import Age, Standing, doomed
-from tuppence.errors import Fault
+from tuppence.errors import Fault, Overtaken
 from tuppence.folder import RunFolder
 from tuppence.store import Away, Digest, Store
 
@@ -375,7 +375,7 @@ class Mirror:
     def _refuse_newer(self, found: Identity | None) -> None:
         if found in (None, self.identity) or found.attempt < self.identity.attempt:
             return
-        raise Fault(
+        raise Overtaken(
             f"attempt {found.attempt} has taken this run over on {self.store.url}; this one "
             f"(attempt {self.identity.attempt}) stops and writes nothing more there"
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tuppence.bucket.layout import MARKER, OWNER, Damaged, Identity, document, identity_of, look
 from tuppence.bucket.restore import bring_checkpoint, local_root
-from tuppence.errors import Fault, UserError
+from tuppence.errors import Fault, Overtaken, UserError
 from tuppence.files import file_sha256, flush, locked
 from tuppence.folder import RunFolder, write_text
 from tuppence.store import Away, Store
@@ -84,7 +84,7 @@ class Relay:
     def _fence(self) -> None:
         found = identity_of(document(self.store.read(OWNER)))
         if found not in (None, self.identity) and found.attempt >= self.identity.attempt:
-            raise Fault(
+            raise Overtaken(
                 f"attempt {found.attempt} has taken this run over on {self.store.url}; this one "
                 f"(attempt {self.identity.attempt}) stops and writes nothing more there"
             )

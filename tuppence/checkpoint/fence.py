@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tuppence.errors import Fault
+from tuppence.errors import Fault, Overtaken
 from tuppence.folder import RunFolder
 
 CLAIM = "attempt.json"
@@ -56,7 +56,7 @@ class Fence:
         who = "another process" if there is None else f"attempt {there['attempt']}"
         if there is not None and there["attempt"] == self.attempt:
             who = f"another process of attempt {self.attempt}"
-        raise Fault(
+        raise Overtaken(
             f"{who} has taken {self.folder.path} over; this one (attempt {self.attempt}) stops and "
             f"writes nothing more"
         )
@@ -66,7 +66,7 @@ def claim(folder: RunFolder, attempt: int) -> Fence:
     """Take the run over for an attempt. Raises Fault where a newer one has it."""
     there = holder(folder)
     if there is not None and there["attempt"] > attempt:
-        raise Fault(
+        raise Overtaken(
             f"attempt {there['attempt']} has taken {folder.path} over; this one would be attempt "
             f"{attempt}: it stops and writes nothing"
         )

@@ -127,14 +127,13 @@ def _resources(launch: Launch, stage: Stage) -> Document:
     has no `infra`."""
     machines = [_machine(machine) for machine in stage.machines]
     own = all(machine.cloud in CLUSTERS for machine in stage.machines)
-    spot = any(machine.spot for machine in stage.machines)
     shared: Document = {} if own else {"disk_size": math.ceil(stage.disk_gb)}
     if launch.image:
         shared["image_id"] = launch.image
     shared["autostop"] = {"idle_minutes": IDLE_MINUTES, "down": True}
     shared["job_recovery"] = {
-        # A spot machine's region was short of it just now; of others the same region has the most.
-        "strategy": "EAGER_NEXT_REGION" if spot else "FAILOVER",
+        # The other strategy begins again on the machine that has just failed, while it is up.
+        "strategy": "EAGER_NEXT_REGION",
         "max_restarts_on_errors": 0,
         "recover_on_exit_codes": list(RECOVERED),
     }
@@ -214,11 +213,13 @@ def _limits(launch: Launch, stage: Stage, does: Sequence[str]) -> list[list[str]
         rows += [] if budget.hours is None else [["--budget-hours", f"{budget.hours:g}"]]
         own = all(machine.cloud in CLUSTERS for machine in stage.machines)
         rows.append(["--tail", f"{CLUSTER_TAIL_SECONDS if own else IDLE_SECONDS:g}"])
-    alone = stage.seconds if "train" not in stage.does else 0.0
-    most = math.ceil(LEAST_LIMIT_SECONDS + SLOWER * alone)
-    if "prepare" in does and alone:
+    seconds = stage.seconds
+    if "train" in stage.does:  # prepare is inside the budget there, and its clock bounds it
+        seconds = stage.beside_usd / (stage.machines[0].usd_per_hour * stage.nodes) * HOUR
+    most = math.ceil(LEAST_LIMIT_SECONDS + SLOWER * seconds)
+    if "prepare" in does and "train" not in stage.does:
         rows.append(["--limit", f"prepare={most}"])
-    if "eval" in does and alone:
+    if "eval" in does:
         rows.append(["--limit", f"eval={most}"])
     return rows
 
