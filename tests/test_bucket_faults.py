@@ -24,7 +24,7 @@ from bucket_runs import (
 
 from tuppence import bucket, checkpoint, store
 from tuppence.bucket import layout
-from tuppence.errors import Fault, UserError
+from tuppence.errors import Fault, Overtaken, UserError
 from tuppence.folder import RunFolder
 
 pytest.importorskip("fsspec")
@@ -127,7 +127,7 @@ def test_a_late_writer_stops_and_spoils_nothing(url: str, tmp_path: Path) -> Non
     before = {name: store_at(url).read(name) for name in objects(url)}
     zombie.checkpoint(save(old, 20))
     assert not zombie.close(60)
-    with pytest.raises(Fault, match="attempt 2 has taken this run over"):
+    with pytest.raises(Overtaken, match="attempt 2 has taken this run over"):
         zombie.check()
     assert {name: store_at(url).read(name) for name in objects(url)} == before
 
@@ -198,9 +198,9 @@ def test_of_two_that_took_one_number_the_later_goes_on(memory: str, tmp_path: Pa
     mirrored(second, memory)
     made.checkpoint(save(first, 10))
     assert not made.close(60)
-    with pytest.raises(Fault, match="attempt 1 has taken this run over"):
+    with pytest.raises(Overtaken, match="attempt 1 has taken this run over"):
         made.check()
-    with pytest.raises(Fault, match="attempt 1 has taken this run over"):
+    with pytest.raises(Overtaken, match="attempt 1 has taken this run over"):
         bucket.Mirror(first, memory)
 
 
@@ -257,7 +257,7 @@ def test_a_claim_that_sent_nothing_overtakes_nothing(memory: str, tmp_path: Path
     store_at(memory).write("attempt.json", b'{"attempt": 7, "token": "dead0000"}')
     assert not bucket.restore(folder, memory)
     assert bucket.attempts_begun(folder) == 7
-    with pytest.raises(Fault, match="attempt 7 has taken"):
+    with pytest.raises(Overtaken, match="attempt 7 has taken"):
         bucket.Mirror(folder, memory)
     begun(folder.path, attempt=8, token="eeee8888")
     mirrored(folder, memory)

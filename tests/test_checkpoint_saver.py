@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from tuppence import checkpoint
 from tuppence.checkpoint import Retention, Saver, fence, tensors, writing
-from tuppence.errors import Fault
+from tuppence.errors import Fault, Overtaken
 from tuppence.folder import RunFolder
 
 TAKEN = r"attempt 2 has taken .* over"
@@ -144,7 +144,9 @@ def test_a_claim_is_one_attempts(folder: RunFolder) -> None:
         ):
             old.check()
     second = checkpoint.claim(folder, 2)
-    with pytest.raises(Fault, match=r"attempt 2 has taken .* over; this one \(attempt 1\) stops"):
+    with pytest.raises(
+        Overtaken, match=r"attempt 2 has taken .* over; this one \(attempt 1\) stops"
+    ):
         first.check()
     with pytest.raises(Fault, match=TAKEN):
         checkpoint.claim(folder, 1)

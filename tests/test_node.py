@@ -269,7 +269,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 @pytest.mark.parametrize(
-    ("code", "times", "ends"), [(0, 1, 0), (1, 2, 75), (2, 1, 2), (3, 1, 3), (75, 2, 75)]
+    ("code", "times", "ends"), [(0, 1, 0), (1, 2, 75), (2, 1, 2), (3, 1, 3), (4, 1, 4), (75, 2, 75)]
 )
 def test_exit_codes_and_the_one_retry(machine: Machine, code: int, times: int, ends: int) -> None:
     python = machine.python(f"exit {code}")
@@ -331,6 +331,23 @@ def test_a_hung_trainer_is_killed_at_the_deadline(machine: Machine, code: str) -
     assert machine.times() == 1
     assert machine.events() == ["dead_man"]
     assert alive(f"TUPPENCE_STAGE=x.train.{process.pid}") == []
+
+
+def test_preparation_on_a_paid_machine_is_under_its_clock(machine: Machine) -> None:
+    (machine.store / "runs/x").mkdir(parents=True)
+    python = machine.python("while :; do sleep 0.05; done")
+    since = time.time() - 3600 + 2
+    words = ["--python", python, *PRICE, "--since", f"{since}", "--budget-usd", "3.6"]
+    code, out = machine.done("prepare", "train", *words, "--", "quick")
+    assert (code, machine.times()) == (124, 1), out
+
+
+def test_a_name_with_brackets_is_found_by_the_timer(machine: Machine) -> None:
+    python = machine.python("while :; do sleep 0.05; done")
+    since = time.time() - 3600 + 2
+    words = ["--python", python, *PRICE, "--since", f"{since}", "--budget-usd", "3.6"]
+    code, out = machine.done("train", *words, "--name", "a[1]", "--", "quick")
+    assert code == 124, out
 
 
 def test_who_ends_before_is_left_alone(machine: Machine) -> None:
