@@ -224,7 +224,8 @@ def _nothing_fits(found: list[Option]) -> str:
     """The first kind of reason, and how many kinds there are."""
     reasons = [option.why_not for option in found if option.why_not]
     kinds = {reason.partition(": ")[0] for reason in reasons}
-    more = f" (and {len(kinds) - 1} more reasons)" if len(kinds) > 1 else ""
+    rest = len(kinds) - 1
+    more = f" (and {rest} more reason{'s' * (rest > 1)})" if rest else ""
     machines = "the machine does not fit" if len(found) == 1 else f"none of {len(found)} fits"
     return f"{machines}: {reasons[0]}{more}; change the budget, machine.*, model.* or train.*"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 PRICE_RISE = 0.1  # that a launch takes without asking again: docs/launch.md
 LAUNCH_EXAMPLES = """example: tuppence launch llmc_gpt2_124m machine.spot=on --store s3://my-bucket/tuppence
-         tuppence launch shakespeare machine.gpu=A100 --dry-run
+         tuppence launch quickstart budget.usd=1 machine.gpu=T4 --dry-run
          tuppence launch shakespeare --ssh gpubox
 docs: docs/launch.md; machines of your own: docs/ssh.md"""
 ABOUT = {

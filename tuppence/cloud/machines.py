@@ -151,7 +151,14 @@ def _rentable(options: Sequence[Option], enabled: frozenset[str] | None) -> list
             f"no credentials for a cloud that could do it ({', '.join(names)}): set one up, "
             f"`sky check` says how, or ask for another with machine.cloud"
         )
-    raise UserError(f"{reasons[0]}; ask for another machine with machine.cloud or machine.gpu")
+    others = next((o.why_not for o in options if o.why_not), None)
+    more = f" (of the others: {others})" if others else ""
+    remedy = (
+        "machine.cloud, machine.gpu or a larger budget"
+        if others
+        else "machine.cloud or machine.gpu"
+    )
+    raise UserError(f"{reasons[0]}; ask for another machine with {remedy}{more}")
 
 
 def _kind(option: Option) -> tuple[str, str, int]:
