@@ -265,7 +265,7 @@ def drilled(place: Path) -> dict[str, object]:
         ("filled", "disk full", "one line, exit 1, every checkpoint intact; with room again"),
         ("poisoned", "newest weights NaN", "5 steps skipped, then stopped with one line"),
         ("two writers", "a second process", "refused with one line, exit 2"),
-        ("two writers", "a newer attempt", "the older one wrote nothing more, exit 1; then"),
+        ("two writers", "a newer attempt", "the older one wrote nothing more, exit 4; then"),
         ("stalled", "disk hangs", "named after 3 s, exit 75; went on from"),
     ],
 )

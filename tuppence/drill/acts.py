@@ -20,7 +20,7 @@ from tuppence.checkpoint import tensors
 from tuppence.checkpoint.layout import KINDS, MANIFEST, STATE, files_of, pointer_to
 from tuppence.drill.processes import Ended, Processes, phase_of
 from tuppence.drill.scene import Evidence, Scene, difference, events, evidence, hashes, rewrite
-from tuppence.errors import Fault
+from tuppence.errors import Fault, Overtaken
 from tuppence.folder import RunFolder
 from tuppence.train.watchdog import EXIT_CODE
 
@@ -250,12 +250,12 @@ class Drill:
         checkpoint.claim(folder, 2)
         first.send(signal.SIGCONT)
         ended = first.wait()
-        if ended.code != Fault.exit_code or not ended.says("has taken"):
+        if ended.code != Overtaken.exit_code or not ended.says("has taken"):
             raise Drilled(f"exit {ended.code}: {_last(ended)}")
         now = hashes(folder)
         if now != before:
             raise Drilled("the older attempt wrote a checkpoint")
-        return f"the older one wrote nothing more, exit 1; then {self._resumed('two writers')}"
+        return f"the older one wrote nothing more, exit 4; then {self._resumed('two writers')}"
 
     def stalled(self) -> str:
         """The heartbeat is made a pipe that nobody reads: whoever writes it waits for ever, as on
