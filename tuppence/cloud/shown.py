@@ -1,6 +1,5 @@
 """A launch as a person decides from it: stages, dollars, what is made and where things go."""
 
-import dataclasses
 from typing import Any
 
 from tuppence.cloud.launch import Launch, Rented, Stage
@@ -176,11 +175,6 @@ def controller_text(launch: Launch, told: Document | None) -> str:
         f"SkyPilot looks after the job from a machine of its own, billed beside this{each}{until}"
         f"{stays}"
     )
-
-
-def as_document(launch: Launch) -> Document:
-    """For --json."""
-    return dataclasses.asdict(launch)
 
 
 def readme(launch: Launch, *, texts: str | None) -> str:

@@ -33,6 +33,7 @@ EXITS = {  # of tuppence's own verbs and of node.sh
     "1": "a fault",
     "2": "its input was refused",
     "3": "it does not fit the machine or the budget",
+    "4": "another attempt has the run",
     "124": "the dead-man timer stopped it: its time was spent and it did not end by itself",
     "137": "killed: most often the machine ran out of memory",
 }
